@@ -1,0 +1,1 @@
+"""Voxels on disk: volumes and packs in Zarr, and back one box at a time."""

@@ -1,0 +1,98 @@
+"""Every column of the catalog with its type, unit and meaning; nobody else defines columns.
+
+One row is one image: a single-modality 2-D or 3-D image. Excluded and failed images have rows too, with
+what is known of them, so that per dataset #discovered = #ingested + #excluded + #failed.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+
+def _column(
+    name: str, kind: pa.DataType, meaning: str, *, unit: str | None = None, required: bool = False
+) -> pa.Field:
+    metadata = {"description": meaning} | ({"unit": unit} if unit else {})
+    return pa.field(name, kind, nullable=not required, metadata=metadata)
+
+
+_TEXT, _INT, _REAL = pa.string(), pa.int32(), pa.float64()
+
+_COLUMNS = [
+    _column("dataset", _TEXT, "id of the dataset in datasets.yaml", required=True),
+    _column("key", _TEXT, "name of the image, unique in its dataset", required=True),
+    _column("subject", _TEXT, "public case id of the person; split and leakage go by it", required=True),
+    _column("status", _TEXT, "ingested | excluded | failed", required=True),
+    _column("reason", _TEXT, "reason code when not ingested (docs/exclusions.md)"),
+    _column("message", _TEXT, "what was found, in words, when not ingested"),
+    _column("modality", _TEXT, "modality, with the sequence after a slash: CT, MRI/T1, XR"),
+    _column("upstream_modality", _TEXT, "the same in the words of the reference implementation"),
+    _column("body_part", pa.list_(_TEXT), "body parts the dataset shows"),
+    _column("dimension", pa.int8(), "2 or 3"),
+    _column("shape_c", _INT, "channels stored: 1, or 3 for colour 2-D images"),
+    _column("shape_d", _INT, "slices along the depth axis", unit="voxel"),
+    _column("shape_h", _INT, "rows", unit="voxel"),
+    _column("shape_w", _INT, "columns", unit="voxel"),
+    _column("spacing_z", _REAL, "distance of slices; null for 2-D (acts as infinite)", unit="mm"),
+    _column("spacing_y", _REAL, "distance of rows; null where a 2-D image has none", unit="mm"),
+    _column("spacing_x", _REAL, "distance of columns; null where a 2-D image has none", unit="mm"),
+    _column("da", _REAL, "degree of anisotropy, spacing_z / min(spacing_y, spacing_x); null for 2-D"),
+    _column("da_level", pa.int8(), "floor(log2(da)) clipped to 0..5; 5 for 2-D"),
+    _column("stored_dtype", _TEXT, "numpy dtype of the stored voxels"),
+    _column("slope", _REAL, "real value = slope * stored + intercept"),
+    _column("intercept", _REAL, "real value = slope * stored + intercept"),
+    _column("window_low", _REAL, "maps to 0 in training, in real units (HU for CT)"),
+    _column("window_high", _REAL, "maps to 1 in training, in real units (HU for CT)"),
+    _column("intensity_mean", _REAL, "mean over all voxels, in real units"),
+    _column("intensity_std", _REAL, "standard deviation (ddof 0) over all voxels, in real units"),
+    _column("intensity_median", _REAL, "median over all voxels, in real units"),
+    _column("intensity_min", _REAL, "minimum, in real units"),
+    _column("intensity_max", _REAL, "maximum, in real units"),
+    _column("intensity_p0_5", _REAL, "0.5 percentile over the voxels above the minimum, in real units"),
+    _column("intensity_p99_5", _REAL, "99.5 percentile over the voxels above the minimum, in real units"),
+    _column("original_shape", pa.list_(_INT), "spatial shape in the file, axes as stored there"),
+    _column("original_spacing", pa.list_(_REAL), "spacing in the file, axes as stored there", unit="mm"),
+    _column(
+        "original_orientation",
+        _TEXT,
+        "axes of the file as towards-codes (RAS, LPS); null if unknown",
+    ),
+    _column("geometry_flags", pa.list_(_TEXT), "what was repaired or is unusual, sorted"),
+    _column("depth_axis", _TEXT, "anatomical direction of the depth axis: SI, AP, LR; null if unknown"),
+    _column("depth_rule", _TEXT, "declared | metadata | anisotropy | default | overridden; null for 2-D"),
+    _column("crop_box", pa.list_(_INT), "z0, z1, y0, y1, x0, x1 (end exclusive) in the reordered image"),
+    _column("resize_factor", _REAL, "in-plane size after / before the resize; 1 when none"),
+    _column("sampling_weight", _REAL, "image weight x dataset weight"),
+    _column("split", _TEXT, "train | validation", required=True),
+    _column("shard_path", _TEXT, "array that holds the voxels, relative to shards/"),
+    _column(
+        "shard_shape",
+        pa.list_(_INT),
+        "shape of that array: (C, D, H, W) or, for a pack, (N, C, H, W)",
+    ),
+    _column("shard_index", _INT, "index of the image in its pack; null for a volume"),
+    _column("stored_bytes", pa.int64(), "bytes the voxels take on disk, compressed", unit="byte"),
+    _column("source_path", _TEXT, "file or folder, relative to the dataset root", required=True),
+    _column("source_hash", _TEXT, "sha256 of the source files"),
+    _column(
+        "entry_hash",
+        _TEXT,
+        "sha256 of the fields of datasets.yaml that shape the result",
+        required=True,
+    ),
+    _column("normalisation_version", _INT, "version of the normalisation rules", required=True),
+]
+
+CATALOG_SCHEMA = pa.schema(_COLUMNS, metadata={"pumit_schema_version": str(SCHEMA_VERSION)})
+
+PREVIEW_SCHEMA = pa.schema(
+    [
+        _column("dataset", _TEXT, "id of the dataset", required=True),
+        _column("key", _TEXT, "key of the image in the catalog", required=True),
+        _column("preview", pa.binary(), "PNG: mid-planes with true aspect, window applied"),
+    ],
+    metadata={"pumit_schema_version": str(SCHEMA_VERSION)},
+)
+"""The sibling of the catalog that holds pictures, so that the catalog itself stays small."""

@@ -1,0 +1,339 @@
+"""datasets.yaml, validated: what is declared of each dataset, and nothing that needs code.
+
+An entry describes how the files of a dataset are found and what their paths say of them. Paths are relative to
+the dataset's folder, with forward slashes and in Unicode NFC; globs and regular expressions ignore case.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from catalog.errors import SetupError
+from ingest.source import DepthAxis, Format
+
+_Item = TypeVar("_Item")
+_Items = TypeVar("_Items", bound=tuple[object, ...])
+
+Kind = Literal["CT", "MRI", "PET", "XR", "US", "OCT", "fundus"]
+"""What stands before the first slash of a modality; the sequence follows, as in MRI/T2-FLAIR."""
+
+
+def _checked_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+def _checked_relative(path: str) -> str:
+    if not path or path.startswith("/") or "\\" in path or {"", ".", ".."} & set(_parts(path)):
+        raise ValueError(f"{path!r} must be relative, with forward slashes, without '.', '..' and empty parts")
+    return path
+
+
+def _checked_glob(glob: str) -> str:
+    *folders, last = _parts(_checked_relative(glob))
+    if "**" in last or any("**" in part and part != "**" for part in folders):
+        raise ValueError(f"{glob!r}: '**' must stand alone between slashes, and not at the end")
+    return glob
+
+
+def _checked_modality(modality: str) -> str:
+    kinds = get_args(Kind)
+    if modality.split("/")[0] not in kinds:
+        raise ValueError(f"{modality!r} must be one of {', '.join(kinds)}, with the sequence after a slash")
+    return modality
+
+
+def _not_empty(items: _Items) -> _Items:
+    if not items:
+        raise ValueError("needs at least one item")
+    return items
+
+
+def _parts(path: str) -> list[str]:
+    return path.removesuffix("/").split("/")
+
+
+Text = Annotated[str, Field(min_length=1)]
+Regex = Annotated[str, AfterValidator(_checked_regex)]
+Glob = Annotated[str, AfterValidator(_checked_glob)]
+Modality = Annotated[str, AfterValidator(_checked_modality)]
+
+
+class _Declared(BaseModel):
+    """Part of an entry: frozen, and an unknown field is an error that lists the known ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, fields: Any) -> Any:
+        known = list(cls.model_fields)
+        unknown = [str(name) for name in fields if name not in known] if isinstance(fields, Mapping) else []
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown field {unknown[0]!r}; {hint}allowed: {', '.join(known)}")
+        return fields
+
+
+class ModalityRule(_Declared):
+    """Modality of the files whose path matches."""
+
+    match: Regex
+    """Searched in the path; the first rule that matches decides."""
+    modality: Modality
+    upstream_modality: Text | None = None
+    """The same in the words of the reference implementation, where they differ."""
+
+
+class Exclusion(_Declared):
+    """Images that are left out by name: they get a catalog row with the reason `declared`."""
+
+    match: Regex
+    """Searched in the path."""
+    reason: Text
+
+
+class Table(_Declared):
+    """A CSV file that comes with the dataset and lists one folder a row, as TCIA's metadata.csv does."""
+
+    files: Annotated[tuple[Glob, ...], AfterValidator(_not_empty)]
+    """Globs of the CSV files; several files are read as one table."""
+    folder_column: Text
+    """Column with the folder of a series, relative to the folder of the CSV file."""
+    where: dict[Text, str] = {}
+    """Column to value: only rows that have all these values. Case and outer blanks are ignored."""
+
+
+def _constant_as_rule(modality: Any) -> Any:
+    return [{"match": "", "modality": modality}] if isinstance(modality, str) else modality
+
+
+class ImageGroup(_Declared):
+    """Files of one dataset that are found and described by the same rule."""
+
+    globs: tuple[Glob, ...] = ()
+    """What is an image: files; or folders, where the glob ends in a slash (a DICOM series is a folder).
+    `**` stands for any number of folders. Names that begin with a dot are never matched."""
+    table: Table | None = None
+    """Instead of globs: the folders that a table lists."""
+    format: Format
+    dimension: Literal[2, 3]
+    path: Regex
+    """Must match the whole path of every image; its named groups fill the templates below."""
+    key: Text
+    """Template of the key, such as `{patient}-{study}`."""
+    subject: Text | None = None
+    """Template of the subject; without it every image counts as a person of its own."""
+    modality: Annotated[
+        tuple[ModalityRule, ...], BeforeValidator(_constant_as_rule), AfterValidator(_not_empty)
+    ]
+    """A constant, or rules on the path. A path that no rule matches is an error."""
+    upstream_modality: Text | None = None
+    """For all images whose rule names none; by default the modality itself."""
+    body_parts: tuple[Text, ...] = ()
+    depth_axis: DepthAxis | None = None
+    """How the images were scanned, if the dataset's official description says so."""
+    share_weight: bool = False
+    """The n volumes of a 4-D file share its weight: (2n - 1) / n^2 of it each."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ImageGroup:
+        if bool(self.globs) == (self.table is not None):
+            raise ValueError("needs either `globs` or `table`")
+        if self.format != "dicom" and any(glob.endswith("/") for glob in self.globs):
+            raise ValueError("a glob that ends in a slash names folders: only format 'dicom' has them")
+        groups = list(re.compile(self.path).groupindex)
+        for name in ("key", "subject"):
+            _check_template(name, getattr(self, name) or "", groups)
+        return self
+
+
+def _check_template(name: str, template: str, groups: list[str]) -> None:
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{name} {template!r} is no template: {error}") from error
+    for _, group, form, conversion in fields:
+        if group is not None and (group not in groups or form or conversion):
+            allowed = ", ".join(f"{{{known}}}" for known in groups) or "none, `path` has no named group"
+            raise ValueError(f"{name} {template!r} uses {{{group}}}; allowed: {allowed}")
+
+
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+Folder = Annotated[str, AfterValidator(_checked_relative)]
+
+
+class DatasetSpec(_Declared):
+    """One entry of datasets.yaml."""
+
+    id: Identifier
+    title: Text
+    folder: Folder
+    """Published name: how the folder is called where the id is not used. May have several levels."""
+    images: Annotated[tuple[ImageGroup, ...], AfterValidator(_not_empty)]
+    ignore: tuple[Regex, ...] = ()
+    """Searched in the path: files that a glob matches but that are no images (labels, masks)."""
+    exclusions: tuple[Exclusion, ...] = ()
+    sampling_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the dataset: factor on the weight of each of its images."""
+    licence: Text | None = None
+    """As the publisher states it; null where none is stated."""
+    access: Literal["open download", "account login", "registration", "included"] | None = None
+    origin: Text | None = None
+    """Where the publisher offers it."""
+    citation: tuple[Text, ...] = ()
+
+    @property
+    def modalities(self) -> list[str]:
+        """All modalities the rules can give, in their order."""
+        return _distinct(rule.modality for group in self.images for rule in group.modality)
+
+    @property
+    def body_parts(self) -> list[str]:
+        return _distinct(part for group in self.images for part in group.body_parts)
+
+    @property
+    def dimensions(self) -> list[int]:
+        return sorted({group.dimension for group in self.images})
+
+    @property
+    def formats(self) -> list[str]:
+        return _distinct(group.format for group in self.images)
+
+    def entry_hash(self) -> str:
+        """sha256 (hexadecimal) of the fields that shape catalog rows and voxels.
+
+        Title, licence, access, origin and citation do not; nor does `ignore`, which only keeps files out.
+        Fields at their default are left out, so that a new optional field changes no hash.
+        """
+        shaping = self.model_dump(
+            mode="json",
+            include={"id", "images", "exclusions", "sampling_weight"},
+            exclude_defaults=True,
+        )
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def _distinct(items: Iterable[_Item]) -> list[_Item]:
+    return list(dict.fromkeys(items))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that does not let the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    )
+                keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_specs(path: Path | None = None) -> dict[str, DatasetSpec]:
+    """All entries of datasets.yaml by id, in the file's order.
+
+    Args:
+        path: another file of the same form; by default the one that belongs to this installation.
+
+    Raises:
+        SetupError: the file cannot be read or parsed, or an entry is wrong. The message has a line for each
+            problem, with file, entry, field and what is allowed.
+    """
+    return dict(_shipped_specs()) if path is None else _load(path)
+
+
+def get_spec(dataset: str) -> DatasetSpec:
+    """The entry of one dataset.
+
+    Raises:
+        SetupError: no such id; the message names the closest and all ids.
+    """
+    specs = load_specs()
+    if dataset not in specs:
+        known = {name.casefold(): spec.id for spec in specs.values() for name in (spec.folder, spec.id)}
+        close = difflib.get_close_matches(dataset.casefold(), known, n=1)
+        hint = f" Did you mean {known[close[0]]!r}?" if close else ""
+        raise SetupError(f"There is no dataset {dataset!r}.{hint} Known: {', '.join(sorted(specs))}.")
+    return specs[dataset]
+
+
+@functools.cache
+def _shipped_specs() -> dict[str, DatasetSpec]:
+    # A wheel carries the file inside the package; a checkout has it one folder up.
+    package = Path(__file__).resolve().parent
+    inside = package / "datasets.yaml"
+    return _load(inside if inside.exists() else package.parent / "datasets.yaml")
+
+
+def _load(path: Path) -> dict[str, DatasetSpec]:
+    entries = _parse(path)
+    if not isinstance(entries, list):
+        raise SetupError(f"{path}: must be a list of entries, each beginning with `- id: ...`.")
+    specs: dict[str, DatasetSpec] = {}
+    problems: list[str] = []
+    for number, entry in enumerate(entries, start=1):
+        name = repr(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {number}"
+        try:
+            spec = DatasetSpec.model_validate(entry)
+        except ValidationError as error:
+            problems += [f"{path}: entry {name}{problem}" for problem in _problems(error)]
+            continue
+        if spec.id in specs:
+            problems.append(f"{path}: entry {name}: the id is used twice.")
+        specs[spec.id] = spec
+    if problems:
+        raise SetupError("\n".join(problems))
+    return specs
+
+
+def _parse(path: Path) -> Any:
+    try:
+        loader = _UniqueKeyLoader(path.read_text(encoding="utf-8"))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{path}: cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise SetupError(f"{path}{line}: {getattr(error, 'problem', None) or error}.") from error
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    """`, field: what is wrong` for each problem of an entry."""
+    for problem in error.errors(include_url=False):
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        given = problem["input"]
+        ours = problem["type"] == "value_error"  # our own messages name the value already
+        shown = f", not {given!r}" if isinstance(given, str | int | float) and not ours else ""
+        yield f"{', ' if field else ''}{field.removeprefix('.')}: {message}{shown}."

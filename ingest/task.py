@@ -1,0 +1,257 @@
+"""One unit of work of an ingest: a volume file, a series, or the 2-D sources of one pack.
+
+A task runs in a worker process and is complete when its record lies in the journal. It can run twice: arrays
+are named by their content, and the record is replaced by an equal one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from catalog.corpus import Corpus
+from ingest.journal import Journal, Stamp
+from ingest.reasons import ExcludedImage, FailedImage, full_message
+from ingest.source import ImageSource
+
+if TYPE_CHECKING:
+    from ingest.image import Normalised
+    from ingest.volume import Volume
+
+_SIZE_BUCKET = 128
+"""2-D images share a pack when their sides round up to the same multiple: little padding, few packs."""
+
+
+@dataclass(frozen=True)
+class IngestTask:
+    """What a worker needs: paths and rules, no voxels."""
+
+    name: str
+    dataset: str
+    corpus: Corpus
+    sources: tuple[ImageSource, ...]
+    validation_subjects: frozenset[str]
+    """Held-out subjects among those of `sources`."""
+    entry_hash: str
+
+    @property
+    def is_pack(self) -> bool:
+        return self.sources[0].dimension == 2
+
+
+def run_task(task: IngestTask) -> Counter[tuple[str, str]]:
+    """Ingest the sources of one task and record the outcome; returns the number of images by (status, reason).
+
+    An image that cannot be read or used becomes a row with its reason. Raises OSError only when the corpus
+    cannot be written (no space, no permission).
+    """
+    _use_one_thread()
+    stamps = {source.path: stamp_of(source) for source in task.sources}
+    try:
+        rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
+    except OSError:
+        raise
+    except Exception as error:  # a fault on the way from image to shard must not end the run
+        rows = [_failed_row(source, _failure(source, error)) for source in task.sources]
+    return _record(task, rows, stamps)
+
+
+def halves(task: IngestTask) -> tuple[IngestTask, IngestTask]:
+    """A pack's task as two, to find the image that kills its workers."""
+    middle = len(task.sources) // 2
+    return (
+        replace(task, name=f"{task.name}a", sources=task.sources[:middle]),
+        replace(task, name=f"{task.name}b", sources=task.sources[middle:]),
+    )
+
+
+def record_lost_task(task: IngestTask) -> Counter[tuple[str, str]]:
+    """Record that a task's workers died, so that none of its images is without a row."""
+    rows = [
+        _failed_row(
+            source,
+            FailedImage(
+                "worker_lost",
+                f"{source.dataset}/{source.key} ({source.path}): every worker process that read it died, most "
+                "likely for lack of memory. Try again with fewer --workers.",
+            ),
+        )
+        for source in task.sources
+    ]
+    return _record(task, rows, {source.path: stamp_of(source) for source in task.sources})
+
+
+def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stamp]) -> Counter[tuple[str, str]]:
+    complete = [
+        row
+        | {
+            "entry_hash": task.entry_hash,
+            "split": "validation" if row["subject"] in task.validation_subjects else "train",
+        }
+        for row in rows
+    ]
+    Journal(task.corpus, task.dataset).record(task.name, complete, stamps)
+    return Counter((row["status"], row["reason"] or "") for row in complete)
+
+
+def stamp_of(source: ImageSource) -> Stamp:
+    """Stamp of a source; of one that cannot be listed, a stamp that equals no real one."""
+    try:
+        return Stamp.of(source.file)
+    except OSError:
+        return Stamp(-1, 0, 0)
+
+
+@functools.cache
+def _use_one_thread() -> None:
+    """Workers are the parallelism; threads inside them would only fight for the cores."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def _images(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
+    """Each image of a source, normalised; or, for an unfit one, its finished row.
+
+    Raises FailedImage, perhaps after some images: it speaks for the whole source, and none of them is to be
+    kept. The checksum of a compressed file, for one, is behind its last volume.
+    """
+    from ingest.image import excluded_row, normalise
+    from ingest.readers import read_volumes
+
+    def unfit(outcome: ExcludedImage, index: int | None, count: int, volume: Volume | None) -> dict[str, Any]:
+        explained = ExcludedImage(outcome.reason, full_message(outcome))
+        return excluded_row(source, explained, index, count, volume) | {"preview": None}
+
+    try:
+        if source.exclude is not None:
+            reason, why = source.exclude
+            raise ExcludedImage(
+                reason,
+                f"{source.dataset}/{source.key} ({source.path}): {why}. If you know better, remove its line "
+                "from `exclusions` in datasets.yaml.",
+            )
+        count = 2  # only one of several is yielded as excluded; a single one is raised
+        for position, volume in enumerate(read_volumes(source)):
+            if isinstance(volume, ExcludedImage):
+                yield unfit(volume, position, count, None)
+                continue
+            try:
+                yield normalise(volume, source)
+            except ExcludedImage as outcome:
+                yield unfit(outcome, volume.index, volume.count, volume)
+    except ExcludedImage as outcome:
+        yield unfit(outcome, None, 1, None)
+    except Exception as error:
+        # Not even an OSError gets out: outside of here it means that the corpus cannot be written.
+        raise _failure(source, error) from None
+
+
+def _failure(source: ImageSource, error: Exception) -> FailedImage:
+    """The outcome of an image that met `error`. Its text may quote the file, so only its type is told."""
+    if isinstance(error, FailedImage):
+        return error
+    where = f"{source.dataset}/{source.key} ({source.path})"
+    if isinstance(error, MemoryError):
+        return FailedImage("too_large", f"{where}: not enough memory. Use fewer --workers.")
+    return FailedImage(
+        "internal",
+        f"{where}: {type(error).__name__} in this program. Please report it, with what kind of file it is.",
+    )
+
+
+def _failed_row(source: ImageSource, outcome: FailedImage) -> dict[str, Any]:
+    from ingest.image import excluded_row
+
+    return excluded_row(source, outcome, index=None, count=1, volume=None) | {"preview": None}
+
+
+def _volume_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
+    for source in task.sources:
+        try:
+            yield from [
+                image if isinstance(image, dict) else _write_volume(task, image) for image in _images(source)
+            ]
+        except FailedImage as outcome:
+            # Arrays already written have no row then, and are removed at the end of the run.
+            yield _failed_row(source, outcome)
+
+
+def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
+    from shards.layout import array_name
+    from shards.write import write_volume
+
+    name = array_name(task.dataset, image.row["key"], _identity(task, [image.row]))
+    stored = write_volume(task.corpus.shards, name, image.voxels)
+    return image.row | {
+        "preview": image.preview,
+        "shard_path": stored.path,
+        "shard_shape": list(stored.shape),
+        "stored_bytes": stored.stored_bytes[0],
+    }
+
+
+def _pack_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
+    from shards.layout import PACK_SIZE
+
+    waiting: dict[tuple[Any, ...], list[Normalised]] = defaultdict(list)
+    written: Counter[tuple[Any, ...]] = Counter()
+
+    def flush(bucket: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+        images = waiting.pop(bucket)
+        name = f"{task.name}-{'x'.join(map(str, bucket))}-{written[bucket]}"
+        written[bucket] += 1
+        yield from _write_pack(task, name, images)
+
+    for source in task.sources:
+        try:
+            images = list(_images(source))  # whole, for only then it is known to be good
+        except FailedImage as outcome:
+            yield _failed_row(source, outcome)
+            continue
+        for image in images:
+            if isinstance(image, dict):
+                yield image
+                continue
+            channels, _, height, width = image.voxels.shape
+            sides = (-(-side // _SIZE_BUCKET) * _SIZE_BUCKET for side in (height, width))
+            bucket = (image.voxels.dtype.name, channels, *sides)
+            waiting[bucket].append(image)
+            if len(waiting[bucket]) == PACK_SIZE:
+                yield from flush(bucket)
+    for bucket in sorted(waiting):
+        yield from flush(bucket)
+
+
+def _write_pack(task: IngestTask, pack: str, images: list[Normalised]) -> Iterator[dict[str, Any]]:
+    from shards.layout import array_name
+    from shards.write import write_pack
+
+    name = array_name(task.dataset, pack, _identity(task, [image.row for image in images]))
+    stored = write_pack(task.corpus.shards, name, [image.voxels for image in images])
+    for index, image in enumerate(images):
+        yield image.row | {
+            "preview": image.preview,
+            "shard_path": stored.path,
+            "shard_shape": list(stored.shape),
+            "shard_index": index,
+            "stored_bytes": stored.stored_bytes[index],
+        }
+
+
+def _identity(task: IngestTask, rows: list[dict[str, Any]]) -> str:
+    """Names an array by what went into it, so that a changed image never overwrites one in use."""
+    digest = hashlib.sha256(task.entry_hash.encode())
+    for row in rows:
+        digest.update(f"\0{row['key']}\0{row['source_hash']}\0{row['normalisation_version']}".encode())
+    return digest.hexdigest()
+
+
+def task_name(source: ImageSource) -> str:
+    """File-name-safe name of the task of a 3-D source."""
+    return "volume-" + hashlib.sha256(os.fsencode(source.path)).hexdigest()[:24]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,8 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from catalog.errors import SetupError
+
 GroupColumn = Literal["dataset", "modality", "body_part", "dimension", "da_level", "split"]
 
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -23,6 +26,18 @@ AUDIT_COLUMNS = [
     *("spacing_z", "spacing_y", "spacing_x", "sampling_weight"),
 ]
 """Columns of the catalog that this module and the audit picture read."""
+
+
+def grouping(by: str) -> list[GroupColumn]:
+    """The columns named in `by`, separated by commas. Raises SetupError for one that is no grouping."""
+    columns = [name.strip() for name in by.split(",")]
+    allowed: tuple[GroupColumn, ...] = get_args(GroupColumn)
+    for name in columns:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise SetupError(f"cannot group by {name!r}.{hint} Possible: {', '.join(allowed)}.")
+    return [column for name in dict.fromkeys(columns) for column in allowed if column == name]
 
 
 def summarise(table: pa.Table, by: Sequence[GroupColumn] = ()) -> pa.Table:

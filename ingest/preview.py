@@ -6,6 +6,7 @@ import io
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from ingest.volume import Voxels
 
@@ -40,23 +41,44 @@ def render_preview(
         pictures = [_picture(voxels[:, 0], (spacing[1] or 1.0, spacing[2] or 1.0), window)]
     else:
         pictures = []
-        for down, across in _PLANES:
-            hidden = 3 - down - across
-            plane = voxels.take(voxels.shape[hidden + 1] // 2, axis=hidden + 1)
-            if codes and _DOWN_BEFORE_ACROSS.index(codes[down]) > _DOWN_BEFORE_ACROSS.index(codes[across]):
-                plane, down, across = plane.swapaxes(1, 2), across, down
-            if codes and codes[down] == "S":
-                plane = plane[:, ::-1]
+        for shown in _PLANES:
+            plane, down, across = upright_plane(voxels, shown, codes)
             pictures.append(_picture(plane, (spacing[down] or 1.0, spacing[across] or 1.0), window))
     return _png(_side_by_side(pictures))
+
+
+def upright_plane(voxels: Voxels, shown: tuple[int, int], codes: str | None) -> tuple[Voxels, int, int]:
+    """The mid-plane that two axes span, as a human reader expects it.
+
+    Args:
+        voxels: (C, D, H, W).
+        shown: the two axes, 0, 1, 2 for D, H, W.
+        codes: as of `render_preview`.
+
+    Returns:
+        (C, h, w), the axis that runs down (reversed where its code is S), and the axis that runs across.
+    """
+    down, across = shown
+    hidden = 3 - down - across
+    plane: Voxels = voxels.take(voxels.shape[hidden + 1] // 2, axis=hidden + 1)
+    if codes and _DOWN_BEFORE_ACROSS.index(codes[down]) > _DOWN_BEFORE_ACROSS.index(codes[across]):
+        plane, down, across = plane.swapaxes(1, 2), across, down
+    if codes and codes[down] == "S":
+        plane = plane[:, ::-1]
+    return plane, down, across
+
+
+def windowed(plane: Voxels, window: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """Stored values as grey levels: `window` becomes 0 and 255."""
+    low, high = window
+    return np.rint(np.clip((plane.astype(np.float64) - low) * (255 / (high - low)), 0, 255)).astype(np.uint8)
 
 
 def _picture(plane: Voxels, sides_mm: tuple[float, float], window: tuple[float, float]) -> Image:
     """`plane` (C, h, w) with pixels of `sides_mm`, its longest side LONGEST_SIDE square pixels."""
     from PIL import Image  # 0.1 s that --help need not pay
 
-    low, high = window
-    grey = np.rint(np.clip((plane.astype(np.float64) - low) * (255 / (high - low)), 0, 255)).astype(np.uint8)
+    grey = windowed(plane, window)
     picture = Image.fromarray(np.ascontiguousarray(grey[0] if len(grey) == 1 else grey.transpose(1, 2, 0)))
     height_mm, width_mm = plane.shape[1] * sides_mm[0], plane.shape[2] * sides_mm[1]
     scale = LONGEST_SIDE / max(height_mm, width_mm)
@@ -78,5 +100,5 @@ def _side_by_side(pictures: list[Image]) -> Image:
 
 def _png(picture: Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format="PNG", compress_level=9)
+    picture.save(file, format="PNG", compress_level=1)
     return file.getvalue()

@@ -2,6 +2,8 @@
 
 An entry describes how the files of a dataset are found and what their paths say of them. Paths are relative to
 the dataset's folder, with forward slashes and in Unicode NFC; globs and regular expressions ignore case.
+
+A user's own entries lie in `datasets.yaml` of the raw folder, beside the images, and add to the shipped ones.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def _checked_glob(glob: str) -> str:
     return glob
 
 
-def _checked_modality(modality: str) -> str:
+def checked_modality(modality: str) -> str:
+    """The modality itself; ValueError if it does not begin with a known kind."""
     kinds = get_args(Kind)
     if modality.split("/")[0] not in kinds:
         raise ValueError(f"{modality!r} must be one of {', '.join(kinds)}, with the sequence after a slash")
@@ -78,7 +81,7 @@ def _parts(path: str) -> list[str]:
 Text = Annotated[str, Field(min_length=1)]
 Regex = Annotated[str, AfterValidator(_checked_regex)]
 Glob = Annotated[str, AfterValidator(_checked_glob)]
-Modality = Annotated[str, AfterValidator(_checked_modality)]
+Modality = Annotated[str, AfterValidator(checked_modality)]
 
 
 class _Declared(BaseModel):
@@ -256,26 +259,43 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_specs(path: Path | None = None) -> dict[str, DatasetSpec]:
+def load_specs(path: Path | None = None, *, raw: Path | None = None) -> dict[str, DatasetSpec]:
     """All entries of datasets.yaml by id, in the file's order.
 
     Args:
         path: another file of the same form; by default the one that belongs to this installation.
+        raw: folder whose own `datasets.yaml`, if it has one, adds a user's entries to the shipped ones.
+            `pumit-data add --write` puts them there, and there they travel with the images.
 
     Raises:
-        SetupError: the file cannot be read or parsed, or an entry is wrong. The message has a line for each
-            problem, with file, entry, field and what is allowed.
+        SetupError: a file cannot be read or parsed, an entry is wrong, or an own entry has the id of a
+            shipped one. The message has a line for each problem, with file, entry, field and what is allowed.
     """
-    return dict(_shipped_specs()) if path is None else _load(path)
+    specs = dict(_shipped_specs()) if path is None else _load(path)
+    own = own_file(raw) if raw is not None else None
+    if own is None or not own.exists():
+        return specs
+    for spec in _load(own).values():
+        # An equal entry is no clash: a checkout may be the raw folder, for it holds the samples.
+        if specs.setdefault(spec.id, spec) != spec:
+            raise SetupError(
+                f"{own}: entry {spec.id!r}: a dataset that comes with PUMIT-data has this id. Choose another."
+            )
+    return specs
 
 
-def get_spec(dataset: str) -> DatasetSpec:
-    """The entry of one dataset.
+def own_file(raw: Path) -> Path:
+    """Where a user's own entries lie: `datasets.yaml` in the raw folder."""
+    return raw / "datasets.yaml"
+
+
+def get_spec(dataset: str, raw: Path | None = None) -> DatasetSpec:
+    """The entry of one dataset, shipped or in `raw`'s own file.
 
     Raises:
-        SetupError: no such id; the message names the closest and all ids.
+        SetupError: no such id; the message names the closest and all ids. Or as `load_specs`.
     """
-    specs = load_specs()
+    specs = load_specs(raw=raw)
     if dataset not in specs:
         known = {name.casefold(): spec.id for spec in specs.values() for name in (spec.folder, spec.id)}
         close = difflib.get_close_matches(dataset.casefold(), known, n=1)
@@ -284,12 +304,16 @@ def get_spec(dataset: str) -> DatasetSpec:
     return specs[dataset]
 
 
-@functools.cache
-def _shipped_specs() -> dict[str, DatasetSpec]:
-    # A wheel carries the file inside the package; a checkout has it one folder up.
+def shipped_file() -> Path:
+    """The datasets.yaml of this installation: inside the package in a wheel, one folder up in a checkout."""
     package = Path(__file__).resolve().parent
     inside = package / "datasets.yaml"
-    return _load(inside if inside.exists() else package.parent / "datasets.yaml")
+    return inside if inside.exists() else package.parent / "datasets.yaml"
+
+
+@functools.cache
+def _shipped_specs() -> dict[str, DatasetSpec]:
+    return _load(shipped_file())
 
 
 def _load(path: Path) -> dict[str, DatasetSpec]:
@@ -303,7 +327,7 @@ def _load(path: Path) -> dict[str, DatasetSpec]:
         try:
             spec = DatasetSpec.model_validate(entry)
         except ValidationError as error:
-            problems += [f"{path}: entry {name}{problem}" for problem in _problems(error)]
+            problems += [f"{path}: entry {name}{problem}" for problem in problems_of(error)]
             continue
         if spec.id in specs:
             problems.append(f"{path}: entry {name}: the id is used twice.")
@@ -328,7 +352,7 @@ def _parse(path: Path) -> Any:
         raise SetupError(f"{path}{line}: {getattr(error, 'problem', None) or error}.") from error
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
+def problems_of(error: ValidationError) -> Iterator[str]:
     """`, field: what is wrong` for each problem of an entry."""
     for problem in error.errors(include_url=False):
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])

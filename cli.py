@@ -1,0 +1,441 @@
+"""The two command lines, `pumit-data` and `pumit-train`: parse, call, print.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from catalog.errors import SetupError
+
+if TYPE_CHECKING:
+    from ingest.run import IngestPlan, IngestReport, Outcomes
+
+DONE, SOME_FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 3
+
+data = typer.Typer(
+    name="pumit-data",
+    help="Turn public medical image collections into one audited, streamable corpus.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+train = typer.Typer(
+    name="pumit-train",
+    help="Pre-train the tokenizer and the ViT on a prepared corpus.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RawOption = Annotated[
+    Path, typer.Option("--raw", envvar="PUMIT_RAW", help="Folder that holds one folder per dataset.")
+]
+DataOption = Annotated[Path, typer.Option("--data", envvar="PUMIT_DATA", help="The prepared corpus.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@data.command("list")
+def list_datasets(
+    raw: RawOption = Path("raw"), data_dir: DataOption = Path("data"), as_json: JsonOption = False
+) -> None:
+    """List the datasets of datasets.yaml, shipped and own, and which of them are ingested."""
+    from rich.table import Table
+
+    from catalog.corpus import Corpus
+    from ingest.spec import load_specs
+
+    ingested = set(Corpus(data_dir).datasets())
+    specs = load_specs(raw=raw).values()
+    if as_json:
+        facts = {"id", "title", "folder", "licence", "access", "origin", "citation"}
+        derived = ("modalities", "body_parts", "dimensions", "formats")
+        _print_json(
+            [
+                spec.model_dump(mode="json", include=facts)
+                | {name: getattr(spec, name) for name in derived}
+                | {"ingested": spec.id in ingested}
+                for spec in specs
+            ]
+        )
+        return
+    columns = ("id", "title", "modalities", "dim", "formats", "licence", "access", "ingested")
+    table = Table(*columns, title="Datasets", title_justify="left")
+    for spec in specs:
+        table.add_row(
+            spec.id,
+            spec.title,
+            ", ".join(spec.modalities),
+            ", ".join(f"{dimension}-D" for dimension in spec.dimensions),
+            ", ".join(spec.formats),
+            spec.licence or "not stated",
+            spec.access or "unknown",
+            "yes" if spec.id in ingested else "",
+        )
+    _print(table)
+
+
+@data.command()
+def ingest(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
+    ],
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; by default one per core.", show_default=False)
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Use this Dask scheduler (tcp://host:port) instead of this machine.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="REGEX", help="Only images whose key matches.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many files or series each.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Normalise images into shards and catalog. Repeat the call to go on, or to add new files."""
+    from catalog.corpus import Corpus
+    from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
+    from ingest.run import plan_ingest
+    from ingest.spec import get_spec
+
+    corpus = Corpus(data_dir)
+    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets)]
+    plans = [plan_ingest(spec, raw, corpus, only, limit) for spec in specs]
+    if dry_run:
+        _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
+        return
+    reports = _run_plans(plans, corpus, workers, scheduler)
+    _print_json(reports_as_json(reports)) if as_json else render_reports(reports, _console())
+    if any(status == "failed" for report in reports for status, _ in report.total):
+        raise typer.Exit(SOME_FAILED)
+
+
+@data.command()
+def stats(
+    data_dir: DataOption = Path("data"),
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also write the audit picture.", show_default=False)
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="One table by these columns instead, such as modality,da_level."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Audit the modality and spacing mix: by modality, dataset and DA level."""
+    from catalog.corpus import Corpus
+    from catalog.query import load_catalog
+    from catalog.stats import AUDIT_COLUMNS, audit, grouping, render, render_groups, summarise
+
+    table = load_catalog(Corpus(data_dir), columns=AUDIT_COLUMNS, status=None)
+    if by is not None:
+        columns = grouping(by)
+        groups = summarise(table, columns).to_pylist()
+        _print_json(groups) if as_json else _print(render_groups(groups, columns))
+    else:
+        summary = audit(table)
+        _print_json(summary) if as_json else render(summary, _console())
+    if plot is not None:
+        from catalog.plot import audit_picture
+
+        audit_picture(table, plot)
+        if not as_json:
+            _print(f"Audit picture: {plot}")
+
+
+@data.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE_OR_FOLDER", help="Any scan; no entry is needed.")],
+    modality: Annotated[
+        str | None, typer.Option(help="CT, MRI/T1, XR ...; guessed where not given.", show_default=False)
+    ] = None,
+    depth_axis: Annotated[
+        Literal["SI", "AP", "LR"] | None,
+        typer.Option(help="Direction in which it was scanned, as an entry may declare it.", show_default=False),
+    ] = None,
+    montage: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Picture to write; by default NAME-inspect.png.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what ingest would decide about a scan, and draw the image that training would see.
+
+    Nothing of the corpus is read or written. With --json, a picture is written only where --montage asks.
+    """
+    from ingest.glance import stem_of
+    from ingest.inspect import as_json as inspection_as_json
+    from ingest.inspect import inspect_path, montage_of, render
+
+    inspection = inspect_path(path, modality, depth_axis)
+    target = montage or (None if as_json else Path(f"{stem_of(path.resolve().name)}-inspect.png"))
+    picture = montage_of(inspection) if target else None
+    if target and picture:
+        with _writing(target):
+            picture.save(target, format="PNG")
+    if as_json:
+        _print_json(inspection_as_json(inspection) | {"montage": str(target) if picture else None})
+    else:
+        render(inspection, _console())
+        _print(f"Picture: {target}" if picture else "No picture: no image here would be ingested.")
+    if inspection.outcomes["failed"]:
+        raise typer.Exit(SOME_FAILED)
+
+
+@data.command()
+def add(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with images of your own.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("--id", help="Id of the entry; by default the folder's name.", show_default=False),
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Title; by default the folder's name.", show_default=False)
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Append the entry to datasets.yaml in the raw folder.")
+    ] = False,
+    raw: Annotated[
+        Path | None,
+        typer.Option(
+            "--raw",
+            envvar="PUMIT_RAW",
+            help="Raw folder that holds FOLDER; by default the folder above it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Propose an entry of datasets.yaml for your own folder, guessed from its names and headers.
+
+    The entry is printed with the ground of each guess. With --write it goes into datasets.yaml in the raw
+    folder, which every command reads beside the datasets that come with PUMIT-data.
+    """
+    from ingest.add import propose, render, write_entry
+
+    proposal = propose(folder, raw, dataset, title)
+    typer.echo(proposal.text)
+    render(proposal, _console())
+    if write:
+        write_entry(proposal)
+        _print(f"Written to {proposal.file}. Next: pumit-data ingest {proposal.spec.id} --raw {proposal.raw}")
+    else:
+        _print(f"Nothing is written yet: --write appends the entry to {proposal.file}.")
+
+
+@data.command()
+def view(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Key of an image, or DATASET/KEY.")],
+    data_dir: DataOption = Path("data"),
+    dataset: Annotated[
+        str | None, typer.Option(help="Where several datasets have the key.", show_default=False)
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Where the preview goes; by default DATASET-KEY.png.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one image's catalog row, and save its stored preview as a PNG. No shard is read.
+
+    With --json, the preview is saved only where --save asks.
+    """
+    from catalog.corpus import Corpus
+    from catalog.view import find_image, picture_name, render
+
+    image = find_image(Corpus(data_dir), key, dataset)
+    if save is not None and image.preview is None:
+        raise SetupError(
+            f"{image.row['dataset']}/{image.row['key']} has no preview, for it is {image.row['status']} "
+            f"({image.row['reason']}). Leave --save out to see its row."
+        )
+    target = save or (None if as_json else Path(picture_name(image)))
+    if target is not None and image.preview is not None:
+        with _writing(target):
+            target.write_bytes(image.preview)
+    saved = str(target) if target is not None and image.preview is not None else None
+    if as_json:
+        _print_json(image.row | {"preview": saved})
+        return
+    render(image, _console())
+    _print(f"Preview: {saved}" if saved else "No preview: the image was not ingested.")
+
+
+PresetOption = Annotated[str, typer.Option(help="Named settings; see training/presets.")]
+RunOption = Annotated[Path, typer.Option("--run", help="Folder for checkpoints, logs and pictures.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.", show_default=False),
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
+
+
+@train.command()
+def tokenizer(
+    run: RunOption,
+    preset: PresetOption = "tiny",
+    data_dir: DataOption = Path("data"),
+    settings: SetOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Train the visual tokenizer (spatially adaptive convolutions, soft codebook)."""
+    _train("tokenizer", preset, settings, data_dir, run, resume)
+
+
+@train.command()
+def mim(
+    run: RunOption,
+    tokenizer_run: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", help="Run folder of the tokenizer.", show_default=False),
+    ] = None,
+    preset: PresetOption = "tiny",
+    data_dir: DataOption = Path("data"),
+    settings: SetOption = None,
+    resume: ResumeOption = False,
+) -> None:
+    """Train the ViT by masked image modelling against a trained tokenizer."""
+    overrides = list(settings or [])
+    if tokenizer_run is not None:
+        overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
+    _train("mim", preset, overrides, data_dir, run, resume)
+
+
+def _train(
+    kind: Literal["tokenizer", "mim"],
+    preset: str,
+    settings: list[str] | None,
+    data_dir: Path,
+    run: Path,
+    resume: bool,
+) -> None:
+    from training.config import load_preset
+
+    config = load_preset(kind, preset, settings or [])  # a wrong setting is told before torch is loaded
+    module = importlib.import_module(f"training.train_{kind}")
+    summary = module.train(config, data_dir, run, resume=resume)
+    _print(
+        f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
+        f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
+    )
+
+
+def _run_plans(
+    plans: list[IngestPlan], corpus: Any, workers: int | None, scheduler: str | None
+) -> list[IngestReport]:
+    from contextlib import ExitStack
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ingest.cluster import open_client
+    from ingest.report import by_status
+    from ingest.run import ingest_dataset
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[counts]}"),
+    ]
+    with ExitStack() as stack:
+        # A cluster takes a second to start: not for a rerun that finds everything done.
+        idle = not any(plan.pending for plan in plans)
+        client = None if idle else stack.enter_context(open_client(workers, scheduler))
+        bars = stack.enter_context(Progress(*columns, console=_console(stderr=True)))
+        reports = []
+        for plan in plans:
+            bar = bars.add_task(plan.spec.id, total=len(plan.pending), counts="")
+
+            def show(done: int, total: int, outcomes: Outcomes, bar: Any = bar) -> None:
+                counts = ", ".join(f"{number} {status}" for status, number in by_status(outcomes).items())
+                bars.update(bar, completed=done, total=total, counts=counts)
+
+            reports.append(ingest_dataset(plan, corpus, client, show))
+    return reports
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError on a file that the user named into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from error
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def _print(what: Any) -> None:
+    _console().print(what, markup=False) if isinstance(what, str) else _console().print(what)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _refuse_shadowed_packages() -> None:
+    """The packages have plain names: a folder `training` on the path could stand in front of ours."""
+    home = Path(__file__).resolve().parent
+    for name in ("catalog", "shards", "ingest", "training"):
+        spec = importlib.util.find_spec(name)
+        origin = spec.origin if spec is not None else None
+        if origin is None or Path(origin).resolve().parent.parent != home:
+            raise SetupError(
+                f"the package {name!r} was found at {origin or 'a bare folder'}, not beside {__file__}: "
+                "a folder of that name comes first on the Python path. Start from another folder, with the "
+                "console scripts `pumit-data` and `pumit-train`, and without PYTHONPATH."
+            )
+
+
+class _Interrupted(BaseException):
+    """SIGINT or SIGTERM came. Not KeyboardInterrupt, for which the command-line library has its own code."""
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise _Interrupted
+
+
+def _main(app: typer.Typer) -> None:
+    """Run a command line; a user's mistake ends in one line and the exit code, never in a traceback."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _refuse_shadowed_packages()
+        app()
+    except SetupError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(WRONG_CALL)
+    except _Interrupted:
+        typer.echo("interrupted: repeat the command to go on.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def data_main() -> None:
+    """Console script `pumit-data`."""
+    _main(data)
+
+
+def train_main() -> None:
+    """Console script `pumit-train`."""
+    _main(train)

@@ -1,4 +1,7 @@
-"""Why an image is not in the corpus: every code, in one place. docs/exclusions.md is generated from it."""
+"""Why an image is not in the corpus, and what was repaired in one that is: every code, in one place.
+
+docs/exclusions.md is generated from it.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,39 @@ FAILURES: dict[str, str] = {
     "outside_root": "A link or '..' in the path leads outside the dataset's folder; nothing there is read.",
     "too_large": "The header announces more voxels than the limit, or memory does not hold them.",
     "worker_lost": "The worker process died while it read the image, most likely for lack of memory.",
+    "internal": "A fault of this program: an error that no rule foresees. Please report it.",
 }
 """Reason codes of failed images: the run ends with exit code 1, and a rerun tries them again."""
+
+REMEDIES: dict[str, str] = {
+    "spacing_missing": "Take the original, not a converted copy, or write the true spacing into its header.",
+    "spacing_invalid": "Take the original, not a converted copy, or write the true spacing into its header.",
+    "uneven_slices": "Download the series again; if it was taken so, resample it to even steps.",
+    "mixed_orientation": "Keep the scans in folders of their own, and leave the localizer out.",
+    "mixed_shapes": "Keep the scans in folders of their own, and leave the localizer out.",
+    "gantry_tilt": "Resample it to perpendicular axes if it is needed.",
+    "sheared_affine": "Take the original instead of a registered copy, or resample it to perpendicular axes.",
+    "no_pixels": "Compare its size with the publisher's; a report or a plan belongs elsewhere.",
+    "constant": "Look at it: an empty or a lost image is best left out of the dataset.",
+    "empty_crop": "Look at it: a mask or an empty image is best left out of the dataset.",
+    "not_finite": "Take the original, or replace what is no number by the value of the background.",
+}
+"""What to do, for the codes whose messages tell only what was found; the others' advice is in the message."""
+
+GEOMETRY_FLAGS: dict[str, str] = {
+    "unit_converted": "The file states lengths in metres or micrometres; they were converted to millimetres.",
+    "pixdim_disagrees": "A NIfTI file's `pixdim` is over 1 % off its affine; the affine was believed.",
+    "gantry_tilt": "Slices are shifted against their normal, by up to 30 degrees; spacing is along the normal.",
+    "orthonormalised": "The affine's axes are perpendicular but for rounding, and were taken as perpendicular.",
+    "in_plane_anisotropic": "The in-plane spacings differ by more than 1 %, and in a volume by at most 10 %.",
+    "invalid_spacing_dropped": "A 2-D image's pixel size is zero, negative or infinite, and was dropped.",
+    "modality_lut_ignored": "A DICOM file holds a lookup table instead of a rescale; stored values were kept.",
+    "negative_slope": "The rescale slope is negative; stored values were reversed: bright stays bright.",
+    "inverted": "A DICOM image in MONOCHROME1 was inverted: bright stays bright.",
+    "equal_channels": "The three colour channels are equal; one was kept.",
+    "exif_rotated": "The picture was turned upright as its EXIF orientation says.",
+}
+"""What readers and geometry repaired or noticed: the values of `geometry_flags`."""
 
 
 class ExcludedImage(Exception):  # noqa: N818 - an outcome, not an error of the program
@@ -64,14 +98,20 @@ class FailedImage(Exception):  # noqa: N818
         return type(self), (self.reason, self.message)
 
 
+def full_message(outcome: ExcludedImage | FailedImage) -> str:
+    """What was found, and what to do."""
+    remedy = REMEDIES.get(outcome.reason)
+    return f"{outcome.message.removesuffix('.')}. {remedy}" if remedy else outcome.message
+
+
 def as_markdown() -> str:
     """The page docs/exclusions.md: `python -m ingest.reasons > docs/exclusions.md`."""
 
-    def table(codes: dict[str, str]) -> list[str]:
+    def table(head: str, texts: dict[str, str]) -> list[str]:
         return [
-            "| code | meaning |",
+            f"| {head} | meaning |",
             "| --- | --- |",
-            *(f"| `{code}` | {text} |" for code, text in codes.items()),
+            *(f"| `{name}` | {text} |" for name, text in texts.items()),
         ]
 
     lines = [
@@ -86,13 +126,22 @@ def as_markdown() -> str:
         "failure: the run ends with exit code 0, and a rerun does not try again unless the file or its "
         "entry changes.",
         "",
-        *table(EXCLUSIONS),
+        *table("code", EXCLUSIONS),
         "",
         "## Failed: could not be read",
         "",
         "The run ends with exit code 1, and a rerun tries again.",
         "",
-        *table(FAILURES),
+        *table("code", FAILURES),
+        "",
+        "One failure stands for the whole file or series: of a 4-D file that breaks off in the middle, or "
+        "whose checksum is wrong, no volume is kept.",
+        "",
+        "# What was repaired or noticed",
+        "",
+        "Column `geometry_flags` of a row, ingested or not, holds any of these.",
+        "",
+        *table("flag", GEOMETRY_FLAGS),
     ]
     return "\n".join(lines)
 

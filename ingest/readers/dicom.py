@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ingest.readers import check_size, name, reading
-from ingest.readers.dicom_frames import Frame, find_frames, parse
+from ingest.readers.dicom_frames import Frame, find_frames, parse, quiet
 from ingest.readers.dicom_pixels import decode
 from ingest.readers.dicom_stack import Stack, build_stack, check_scaling
 from ingest.reasons import ExcludedImage
@@ -171,8 +171,8 @@ def _picture(frame: Frame, pixels: Voxels) -> dict[str, Any]:
 
 
 def _picture_spacing(frame: Frame) -> tuple[float, float, float] | None:
-    """(nan, y, x) in mm; a 2-D image with a missing or senseless pixel size has none."""
-    if frame.pixel_spacing is None or not all(math.isfinite(mm) and mm > 0 for mm in frame.pixel_spacing):
+    """(nan, y, x) in mm as the header states them, if it does."""
+    if frame.pixel_spacing is None:
         return None
     return (math.nan, frame.pixel_spacing[0], frame.pixel_spacing[1])
 
@@ -183,7 +183,7 @@ def _decoded(source: ImageSource, frames: Sequence[Frame]) -> Iterator[tuple[Fra
         with reading(source):
             dataset = parse(file, force=True)
         for frame in group:
-            with reading(source, frame.place):
+            with reading(source, frame.place), quiet():
                 pixels = decode(dataset, frame.number, frame.format)
             yield frame, pixels
 

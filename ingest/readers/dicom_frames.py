@@ -11,6 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -92,7 +93,7 @@ def find_frames(source: ImageSource) -> tuple[list[Frame], str]:
     for number, entry in enumerate(entries, start=1):
         file = inside_root(source, entry)
         place = f", file {number} of {len(entries)} by name" if len(entries) > 1 else ""
-        with reading(source, place):
+        with reading(source, place), quiet():
             header = _read_header(source, place, entry.name, file) if file.is_file() else None
             if header is None:
                 continue
@@ -104,9 +105,16 @@ def find_frames(source: ImageSource) -> tuple[list[Frame], str]:
 
 def parse(file: Path | BinaryIO, **options: bool) -> Any:
     """`pydicom.dcmread` without its warnings."""
+    with quiet():
+        return pydicom.dcmread(file, **options)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings, such as pydicom has for odd values, also when a value is first looked at."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pydicom.dcmread(file, **options)
+        yield
 
 
 def _read_header(source: ImageSource, place: str, filename: str, file: Path) -> tuple[Any, bool, str] | None:

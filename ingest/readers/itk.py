@@ -245,8 +245,11 @@ def _geometry(source: ImageSource, header: _Header, reader: Any) -> dict[str, An
                 "unsupported_layout", f"{name(source)}: a volume. Declare `dimension: 3` in datasets.yaml."
             )
         x, y = reader.GetSpacing()[:2]
-        known = len(header.spacing) >= 2 and all(np.isfinite(mm) and mm > 0 for mm in header.spacing)
-        return {"spacing": (float("nan"), y, x) if known else None, "affine": None}
+        if len(header.spacing) < 2:
+            return {"spacing": None, "affine": None}
+        if not all(np.isfinite(mm) and mm > 0 for mm in header.spacing):
+            x, y = header.spacing[:2]  # SimpleITK has put something valid in their place
+        return {"spacing": (float("nan"), y, x), "affine": None}
     if header.colour:
         raise ExcludedImage("colour_volume", f"{name(source)}: voxels are colours. Find the grey original.")
     if min(size[:3]) == 1:

@@ -263,6 +263,16 @@ def test_files_without_preamble_are_dicom_too(series: Callable[..., Path]) -> No
     np.testing.assert_array_equal(read(folder)[0].voxels[0], STORED)
 
 
+def test_odd_values_give_no_warning(series: Callable[..., Path], recwarn: pytest.WarningsRecorder) -> None:
+    """Warnings may quote what they are about, and some come only when a value is looked at."""
+    folder = series(lambda _, dataset: dataset.add_new(0x00190010, "LO", "SIEMENS_MR_HEADER"))
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes().replace(b"SIEMENS_MR", b"SIEMENS\x1bMR"))
+    recwarn.clear()
+    assert len(read(folder)) == 1
+    assert not recwarn.list
+
+
 def test_several_series_are_ordered_by_number_not_by_name(series: Callable[..., Path]) -> None:
     def second_series(number: int, dataset: Dataset) -> None:
         if number >= 6:

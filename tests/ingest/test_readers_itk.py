@@ -220,3 +220,15 @@ def test_voxels_outside_the_root_are_refused(tmp_path: Path) -> None:
     assert reason(root / "x.mhd") == "unsupported_layout"
     (root / "link.mha").symlink_to(tmp_path / "secret.raw")
     assert reason(root / "link.mha") == "outside_root"
+
+
+def test_voxels_outlive_the_image_they_came_from(tmp_path: Path) -> None:
+    """A view of SimpleITK's memory would show what lies there after the image is gone."""
+    made = image(shape=(40, 50, 60))
+    sitk.WriteImage(made, str(tmp_path / "x.mha"))
+    (volume,) = read(tmp_path / "x.mha")
+    before = volume.voxels.copy()
+    for value in range(1, 6):
+        sitk.Image(60, 50, 40, sitk.sitkInt16) + value  # takes the freed memory, and fills it
+    np.testing.assert_array_equal(volume.voxels, before)
+    np.testing.assert_array_equal(volume.voxels[0], sitk.GetArrayFromImage(made))

@@ -1,0 +1,338 @@
+"""What a training run is made of, as data: two configurations, read from presets.
+
+A preset is a YAML file in `training/presets/` that states a complete run. `--set section.field=value`
+changes single values. Every message names the field, what it holds and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import typing
+from collections.abc import Mapping, Sequence
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, overload
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from catalog.errors import SetupError
+
+Kind = Literal["tokenizer", "mim"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+OfGroups8 = Annotated[int, Field(gt=0, multiple_of=8)]
+"""Channels that a group norm of 8 groups divides."""
+OfGroups16 = Annotated[int, Field(gt=0, multiple_of=16)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Weight of one term of a loss; 0 leaves the term out."""
+
+
+class _Section(BaseModel):
+    """Part of a configuration: immutable, and closed to names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(_Section):
+    """Which images, and how much of each."""
+
+    mix: Literal["all"]
+    """Which images are drawn how often; all draws every training image by its sampling weight."""
+    batch_size: Positive
+    """Crops in one step, over all processes."""
+    tokens_z: Positive
+    """Size of a crop along depth in tokens of 16 >> level slices; images seen slice by slice have 1 slice."""
+    tokens_x: Positive
+    """Size of a crop along height and along width in tokens of 16 voxels."""
+    workers: Annotated[int, Field(ge=0)]
+    """Processes that read crops; 0 reads in the training process. Any number gives the same batches."""
+
+
+class OptimConfig(_Section):
+    """AdamW, linear warm-up, cosine down to a minimum."""
+
+    peak_lr: PositiveReal
+    """Learning rate at the end of the warm-up."""
+    min_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Learning rate of the last step."""
+    weight_decay: Weight
+    """Decoupled weight decay of the weights of linear and convolution layers."""
+    betas: tuple[Share, Share]
+    """Momenta of AdamW's first and second moment."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps in which the learning rate climbs."""
+    max_grad_norm: PositiveReal | None
+    """L2 norm to which the gradient is clipped; null leaves it as it is."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimConfig:
+        if self.min_lr > self.peak_lr:
+            raise ValueError(f"min_lr {self.min_lr} must not exceed peak_lr {self.peak_lr}")
+        return self
+
+
+class IntervalConfig(_Section):
+    """How often something besides training happens; the last step always has it."""
+
+    log_every_steps: Positive
+    """Steps between two points of the training curves."""
+    validate_every_steps: Positive
+    """Steps between two validations, each with a picture."""
+    save_every_steps: Positive
+    """Steps between two checkpoints."""
+
+
+class RunConfig(_Section):
+    """What both kinds of run share."""
+
+    kind: Kind
+    """What is trained."""
+    data: DataConfig
+    """Images and crops."""
+    optim: OptimConfig
+    """Optimiser of the network."""
+    steps: Positive
+    """Optimiser steps of the whole run."""
+    intervals: IntervalConfig
+    """Steps between logging, validation and checkpoints."""
+    keep_checkpoints: Positive
+    """Newest checkpoints to keep."""
+    validation_images: Positive
+    """Held-out images to measure on, spread over data sets and modalities."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    """Number format of the forward pass; weights stay float32. fp16 scales the loss and needs a GPU."""
+    device: Literal["auto", "cpu", "cuda"]
+    """Where to train; auto takes a GPU where there is one."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    """Seed of weights, draws of images, augmentation and masks."""
+
+    @model_validator(mode="after")
+    def _warms_up_within_the_run(self) -> RunConfig:
+        if self.optim.warmup_steps >= self.steps:
+            raise ValueError(f"optim.warmup_steps {self.optim.warmup_steps} must be below steps {self.steps}")
+        return self
+
+
+class TokenizerModelConfig(_Section):
+    """Spatially adaptive encoder, soft codebook, decoder; 16x smaller in-plane."""
+
+    codebook_size: Positive
+    """Entries of the codebook, K."""
+    embedding_dim: Positive
+    """Length of a codebook entry."""
+    channels: tuple[OfGroups8, OfGroups8, OfGroups8]
+    """Channels after the strides 4, 2 and 2 of the encoder; the decoder has the same in reverse."""
+
+
+class DiscriminatorConfig(_Section):
+    """The patch discriminator and its optimiser."""
+
+    channels: tuple[OfGroups16, OfGroups16, OfGroups16]
+    """Channels of its three stages, each of stride 2."""
+    optim: OptimConfig
+    """Optimiser of the discriminator."""
+
+
+class TokenizerLossConfig(_Section):
+    """Terms of the tokenizer's loss; a weight of 0 leaves a term out."""
+
+    l1_weight: Weight
+    """Mean absolute difference of image and reconstruction, both in [-1, 1]."""
+    lpips_weight: Weight
+    """Perceptual difference (LPIPS) of slices, in features of VGG-16."""
+    lpips_weights_file: Path | None
+    """File or folder with the weights of VGG-16 and LPIPS; needed where lpips_weight is not 0."""
+    lpips_max_slices: Positive
+    """Slices drawn from each image for the perceptual term."""
+    gan_weight: Weight
+    """Adversarial term, once the gate is open; 0 builds no discriminator."""
+    gan_gate_loss: PositiveReal
+    """Discriminator loss (the larger of its moving average and its last value) at which the gate opens."""
+    gan_gate_momentum: Share
+    """Momentum of that moving average."""
+    prior_weight: float
+    """Weight of sum(p log p) of the mean token distribution p; larger spreads tokens over the codebook."""
+    entropy_weight: float
+    """Weight of the mean entropy of a token; larger makes tokens sharper."""
+
+
+class TokenizerRunConfig(RunConfig):
+    """A run of `pumit-train tokenizer`."""
+
+    kind: Literal["tokenizer"] = "tokenizer"
+    model: TokenizerModelConfig
+    """The tokenizer."""
+    loss: TokenizerLossConfig
+    """Terms of the loss."""
+    discriminator: DiscriminatorConfig
+    """The adversary, built where loss.gan_weight is not 0."""
+
+
+class MimModelConfig(_Section):
+    """The universal ViT and its masked modelling task."""
+
+    dim: Positive
+    """Features of a token."""
+    depth: Positive
+    """Transformer blocks."""
+    heads: Positive
+    """Attention heads."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    """Chance that training skips a branch of the last block; falls linearly to 0 at the first."""
+    recompute_blocks: bool
+    """Recompute each block in the backward pass: less memory, a third more time."""
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)]
+    """Share of tokens hidden from the ViT, which it predicts."""
+    mask_from_block: Annotated[int, Field(ge=0)]
+    """First block that sees mask tokens; the blocks before it see the visible tokens alone."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> MimModelConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise ValueError(f"dim / heads must be a multiple of 4, got {self.dim} / {self.heads}")
+        if self.mask_from_block >= self.depth:
+            raise ValueError(f"mask_from_block {self.mask_from_block} must be below depth {self.depth}")
+        return self
+
+
+class MimRunConfig(RunConfig):
+    """A run of `pumit-train mim`."""
+
+    kind: Literal["mim"] = "mim"
+    tokenizer: Path | None
+    """Run folder of the trained tokenizer (or one of its checkpoints), whose soft tokens are the targets."""
+    initial_weights: Path | None
+    """File of ViT weights to start from (EVA-02, or a published PUMIT checkpoint); null starts at random."""
+    model: MimModelConfig
+    """The network."""
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+_CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
+    "tokenizer": TokenizerRunConfig,
+    "mim": MimRunConfig,
+}
+
+_FREE_ON_RESUME = ("device", "data.workers", "intervals.", "keep_checkpoints", "validation_images")
+"""Fields (or sections, with the dot) that change no weight, so that a resumed run may set them anew."""
+
+
+@overload
+def load_preset(kind: Literal["tokenizer"], name: str, overrides: Sequence[str] = ()) -> TokenizerRunConfig: ...
+@overload
+def load_preset(kind: Literal["mim"], name: str, overrides: Sequence[str] = ()) -> MimRunConfig: ...
+def load_preset(kind: Kind, name: str, overrides: Sequence[str] = ()) -> TokenizerRunConfig | MimRunConfig:
+    """The preset `training/presets/{kind}-{name}.yaml`, changed by `overrides` ("section.field=value").
+
+    Values are read as YAML. Raises SetupError for an unknown preset or field (with the closest name) and
+    for a value that is not allowed.
+    """
+    if name not in preset_names(kind):
+        raise SetupError(
+            f"there is no {kind} preset {name!r}.{_closest(name, preset_names(kind))} "
+            f"Presets: {', '.join(preset_names(kind))}"
+        )
+    content = yaml.safe_load((_presets() / f"{kind}-{name}.yaml").read_text())
+    for override in overrides:
+        _set(content, override, _CONFIGS[kind])
+    return parse(_CONFIGS[kind], content, f"{kind} preset {name}")
+
+
+def parse(config_type: type[Config], content: object, origin: str) -> Config:
+    """Make `content`, as read from YAML or JSON, a configuration.
+
+    Raises SetupError that names `origin`, every wrong field, and what is allowed there.
+    """
+    try:
+        return config_type.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(problem, config_type) for problem in error.errors(include_url=False)]
+        raise SetupError(f"{origin}: {'; '.join(problems)}") from None
+
+
+def preset_names(kind: Kind) -> list[str]:
+    """Names of the presets of `kind`, sorted."""
+    files = (entry.name for entry in _presets().iterdir())
+    return sorted(
+        file.removeprefix(f"{kind}-").removesuffix(".yaml")
+        for file in files
+        if file.startswith(f"{kind}-") and file.endswith(".yaml")
+    )
+
+
+def changed_fields(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Fields in which `before` (a configuration as JSON) differs from `config`, with both values.
+
+    Left out are those that change no weight (device, workers, intervals), which a resumed run may set.
+    """
+    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    return [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(_FREE_ON_RESUME)
+    ]
+
+
+def _presets() -> Traversable:
+    return importlib.resources.files("training") / "presets"
+
+
+def _set(content: dict[str, Any], override: str, config: type[BaseModel]) -> None:
+    """Put one "a.b=value" into `content`, where only fields that the configuration knows exist."""
+    path, equals, text = override.partition("=")
+    *sections, field = path.strip().split(".")
+    if not equals or not field:
+        raise SetupError(f"--set {override}: write section.field=value, as in --set optim.peak_lr=1e-4")
+    for section in sections:
+        if not isinstance(content.get(section), dict):
+            raise SetupError(f"--set {override}: {_unknown(path, section, config)}")
+        content, config = content[section], _section(config, section)
+    if field not in config.model_fields:
+        raise SetupError(f"--set {override}: {_unknown(path, field, config)}")
+    try:
+        content[field] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SetupError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _describe(problem: Mapping[str, Any], config: type[BaseModel]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path) or "the whole"
+    if problem["type"] == "extra_forbidden":
+        for section in path[:-1]:
+            config = _section(config, section)
+        return _unknown(name, path[-1], config)
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    if problem["type"] == "value_error":
+        return f"{name}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
+    return f"{name} is {problem['input']!r}: {problem['msg']}"
+
+
+def _unknown(path: str, name: str, config: type[BaseModel]) -> str:
+    fields = sorted(config.model_fields)
+    return f"there is no field {path}.{_closest(name, fields)} Fields there: {', '.join(fields)}"
+
+
+def _closest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _section(config: type[BaseModel], name: str) -> type[BaseModel]:
+    annotation = config.model_fields[name].annotation
+    return typing.cast(type[BaseModel], annotation)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

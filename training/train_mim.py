@@ -1,0 +1,177 @@
+"""Masked image modelling, from top to bottom: the ViT predicts the tokens of patches it does not see.
+
+Shape suffixes: B crops, C channels, D H W voxels, d h w tokens, L = d * h * w, V visible tokens, K codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from catalog.errors import SetupError
+from training.augment import Crops, render
+from training.config import MimRunConfig
+from training.data import RunData, open_data
+from training.loader import RawBatch
+from training.mim import MaskedImageModel, MIMConfig, mim_loss, n_visible, visible_mask
+from training.optim import adamw, learning_rate, set_learning_rate
+from training.pictures import Row, caption, contact_sheet, hide, middle_slice
+from training.plan import visible_indices
+from training.run import Run
+from training.tokenizer import Tokenizer
+from training.train_tokenizer import checkpoint_of_tokenizer, load_tokenizer
+from training.validation import Means, evaluating
+from training.vit import ViTConfig
+from training.weights import load_weights
+
+
+def train(config: MimRunConfig, corpus: Path, run_dir: Path, resume: bool) -> dict[str, Any]:
+    """Pre-train a ViT on the corpus folder `corpus`; checkpoints, curves and pictures go to `run_dir`.
+
+    Returns first and last loss, images per second and the last validation, as written to summary.json.
+    Raises SetupError (corpus, tokenizer, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).
+    """
+    # Input
+    if config.tokenizer is None:
+        raise SetupError(
+            "the targets come from a trained tokenizer: run `pumit-train tokenizer` first and give its --run "
+            "folder with --set tokenizer=PATH"
+        )
+    checkpoint = checkpoint_of_tokenizer(config.tokenizer)
+    data = open_data(corpus, config)
+    fingerprints = data.fingerprints | {"tokenizer": _sha256(checkpoint / "model.safetensors")}
+    with Run(run_dir, config, fingerprints=fingerprints, resume=resume) as run:
+        # Networks
+        tokenizer = load_tokenizer(checkpoint).to(run.device).eval().requires_grad_(False)
+        model = build_mim(config, tokenizer.config.codebook_size)
+        if config.initial_weights is not None:
+            run.console.print(str(load_weights(model, config.initial_weights)))
+        model = model.to(run.device)
+        optimizer = adamw(model, config.optim)
+        run.restore({"model": model}, {"model": optimizer})
+
+        measured: dict[str, float] = {}
+        loader = data.loader(config, run.first_step, run.world)
+        for step, batch in zip(run.steps(), loader, strict=True):
+            crops = render(batch, run.device)
+            with torch.no_grad(), run.autocast():
+                target_logits_BLK = tokenizer.encode(2 * crops.voxels - 1, crops.level).flatten(1, 3)
+            visible_BV = draw_visible(config, batch, target_logits_BLK.shape[1]).to(run.device)
+
+            lr = learning_rate(step, config.steps, config.optim)
+            set_learning_rate(optimizer, lr)
+            with run.autocast():
+                logits_BLK = model(crops.voxels, crops.level, visible_BV)
+            losses = mim_loss(logits_BLK, target_logits_BLK, visible_BV)
+            grad_norm = run.update(losses.loss, optimizer, config.optim.max_grad_norm, crops.keys)
+
+            scalars = {"lr": lr, "grad_norm": grad_norm, **losses._asdict()}
+            run.finish_step(step, losses.loss.item(), len(crops.keys), scalars)
+
+            if run.due(step, config.intervals.validate_every_steps):
+                measured = validate(run, step, model, tokenizer, data, config)
+            if run.due(step, config.intervals.save_every_steps):
+                run.save(step + 1)
+        return run.summary(measured or validate(run, config.steps - 1, model, tokenizer, data, config))
+
+
+def validate(
+    run: Run,
+    step: int,
+    model: MaskedImageModel,
+    tokenizer: Tokenizer,
+    data: RunData,
+    config: MimRunConfig,
+) -> dict[str, float]:
+    """Measure predictions of hidden tokens under fixed masks, log them and draw the contact sheet.
+
+    Loss, KL divergence and target entropy in nats, accuracies as shares of the hidden tokens.
+    """
+    means, rows = Means(), []
+    with evaluating(model):
+        for batch in data.validation:
+            crops = render(batch, run.device)
+            with run.autocast():
+                target_logits_BdhwK = tokenizer.encode(2 * crops.voxels - 1, crops.level)
+                target_logits_BLK = target_logits_BdhwK.flatten(1, 3)
+                visible_BV = draw_visible(config, batch, target_logits_BLK.shape[1]).to(run.device)
+                logits_BLK = model(crops.voxels, crops.level, visible_BV)
+            means.add(len(crops.keys), mim_loss(logits_BLK, target_logits_BLK, visible_BV)._asdict())
+            rows += picture_rows(data, crops, tokenizer, target_logits_BdhwK, logits_BLK, visible_BV)
+    measured = {f"{data.validation_name}/{name}": value for name, value in means.result().items()}
+    run.log(step, measured)
+    columns = ["input", "tokenizer", "masked", "prediction"]
+    contact_sheet(run.picture_file(step), f"masked image modelling, step {step + 1}", columns, rows)
+    return measured
+
+
+def picture_rows(
+    data: RunData,
+    crops: Crops,
+    tokenizer: Tokenizer,
+    target_logits_BdhwK: Tensor,
+    logits_BLK: Tensor,
+    visible_BV: Tensor,
+) -> list[Row]:
+    """Each crop as it is, as the tokenizer restores it, masked, and with its hidden tokens predicted.
+
+    The prediction's visible tokens are the tokenizer's, so that only what the ViT imagined differs.
+    """
+    visible_Bdhw = visible_mask(visible_BV, logits_BLK.shape[1]).view(target_logits_BdhwK.shape[:-1])
+    p_BdhwK = target_logits_BdhwK.float().softmax(dim=-1)
+    q_BdhwK = logits_BLK.float().softmax(dim=-1).view_as(p_BdhwK)
+    restored, predicted = (
+        tokenizer.decode(tokenizer.quantizer.mix(mixture), crops.level) / 2 + 0.5
+        for mixture in (p_BdhwK, torch.where(visible_Bdhw[..., None], p_BdhwK, q_BdhwK))
+    )
+    rows = []
+    for number, key in enumerate(crops.keys):
+        panel = middle_slice(crops.voxels[number])
+        depth, tokens = crops.voxels.shape[2], visible_Bdhw.shape[1]
+        visible_hw = visible_Bdhw[number, depth // 2 * tokens // depth]
+        panels = [panel, middle_slice(restored[number]), hide(panel, visible_hw)]
+        rows.append(
+            Row(caption(data.modalities[key], key, crops.level), [*panels, middle_slice(predicted[number])])
+        )
+    return rows
+
+
+def build_mim(config: MimRunConfig, codebook_size: int) -> MaskedImageModel:
+    """A new model of the configured size, with a head for `codebook_size` codes."""
+    model, tokens = config.model, config.data
+    vit = ViTConfig(
+        dim=model.dim,
+        depth=model.depth,
+        heads=model.heads,
+        position_grid=(tokens.tokens_z, tokens.tokens_x, tokens.tokens_x),
+        drop_path=model.drop_path,
+        checkpoint_blocks=model.recompute_blocks,
+    )
+    return MaskedImageModel(
+        MIMConfig(
+            vit=vit,
+            codebook_size=codebook_size,
+            mask_ratio=model.mask_ratio,
+            mask_layer_ids=tuple(range(model.mask_from_block, model.depth)),
+        )
+    )
+
+
+def draw_visible(config: MimRunConfig, batch: RawBatch, length: int) -> Tensor:
+    """Which of `length` patch tokens each crop shows to the ViT: (B, V) int64 on the CPU, ascending.
+
+    A function of seed, step and position in the global batch alone, so the same on any number of processes.
+    """
+    count = n_visible(length, config.model.mask_ratio)
+    rows = [visible_indices(config.seed, batch.step, index, length, count) for index in batch.indices]
+    return torch.from_numpy(np.stack(rows))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

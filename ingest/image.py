@@ -14,8 +14,11 @@ from catalog.spacing import da_level, degree_of_anisotropy
 from ingest.geometry import Layout, axis_codes, direction_cosines, plan_layout, reorder
 from ingest.intensity import (
     LOW_PERCENT,
+    Distribution,
     complement,
+    describe,
     distribution,
+    distribution_within,
     foreground_box,
     in_substance,
     percentile_above_minimum,
@@ -45,7 +48,9 @@ class Normalised:
     """One image as it enters the corpus."""
 
     voxels: Voxels
-    """(C, D, H, W), C-contiguous, perhaps the reader's own memory; real value = slope * voxels + intercept."""
+    """(C, D, H, W); real value = slope * voxels + intercept. Of a volume perhaps a view of the reader's memory,
+    with any strides; of a 2-D image C-contiguous, as many wait for their pack and should not hold what is
+    cropped away."""
     row: dict[str, Any]
     """The columns of the catalog known from the image: all but split, shard and entry hash."""
     preview: bytes
@@ -126,14 +131,20 @@ def _normalise(volume: Volume, source: ImageSource, *, lossless: bool) -> Normal
 
     whole = distribution(values, padding)
     low = percentile_above_minimum(whole, LOW_PERCENT)
-    image = reorder(values, layout)
-    box = foreground_box(image, 0.0 if is_8_bit_2d else low, padding)
-    image = image[:, *(slice(*bounds) for bounds in box)]
+    uncropped = reorder(values, layout)
+    box = foreground_box(uncropped, 0.0 if is_8_bit_2d else low, padding)
+    image = uncropped[:, *(slice(*bounds) for bounds in box)]
     if padding is not None:
         image = without_padding(image, padding, whole.minimum)
-    stored = _store(image, layout.spacing, slope, intercept, lossless=lossless)
+    size = resized_shape(*image.shape[2:])
+    inside = distribution_within(whole, uncropped, box, padding) if size == image.shape[2:] else None
+    del whole  # of floats it is a copy of the volume
+    stored = _store(image, inside, size, layout.spacing, slope, intercept, lossless=lossless)
 
-    found = statistics(stored.voxels)
+    if inside is not None and stored.voxels.dtype == image.dtype:
+        found = describe(inside)
+    else:
+        found = statistics(stored.voxels)
     stored_window = percentile_window(found)
     if is_8_bit_2d:
         # The reverse order of a negative slope maps the 8-bit range onto itself.
@@ -197,18 +208,30 @@ def _ascending(volume: Volume) -> tuple[Voxels, float, float, int | None]:
     return values, -slope, slope * offset + intercept, None if padding is None else offset - padding
 
 
-def _store(image: Voxels, spacing: Spacing, slope: float, intercept: float, *, lossless: bool) -> _Stored:
-    """Resize `image` (C, D, H, W, cropped) and bring it into the type it is stored in."""
+def _store(
+    image: Voxels,
+    inside: Distribution | None,
+    size: tuple[int, int],
+    spacing: Spacing,
+    slope: float,
+    intercept: float,
+    *,
+    lossless: bool,
+) -> _Stored:
+    """Resize `image` (C, D, H, W, cropped) to `size` and bring it into the type it is stored in.
+
+    `inside` is the distribution of `image` where it keeps its size.
+    """
     height, width = image.shape[2:]
-    size = resized_shape(height, width)
-    if size != (height, width):
+    if inside is None:
         image = resize_in_plane(image, size)
     if image.dtype.kind == "f" and not lossless:
-        image, step, start = quantise(image, statistics(image))
+        found = statistics(image) if inside is None else describe(inside)
+        image, step, start = quantise(image, found)
         slope, intercept = slope * step, slope * start + intercept
     z, y, x = spacing
     return _Stored(
-        voxels=np.ascontiguousarray(image),
+        voxels=image if spacing[0] is not None else np.ascontiguousarray(image),
         slope=slope,
         intercept=intercept,
         resize_factor=min(size) / min(height, width),

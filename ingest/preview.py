@@ -60,7 +60,8 @@ def upright_plane(voxels: Voxels, shown: tuple[int, int], codes: str | None) -> 
     """
     down, across = shown
     hidden = 3 - down - across
-    plane: Voxels = voxels.take(voxels.shape[hidden + 1] // 2, axis=hidden + 1)
+    # Not by take(), which first copies an array that is not contiguous.
+    plane: Voxels = np.moveaxis(voxels, hidden + 1, 0)[voxels.shape[hidden + 1] // 2]
     if codes and _DOWN_BEFORE_ACROSS.index(codes[down]) > _DOWN_BEFORE_ACROSS.index(codes[across]):
         plane, down, across = plane.swapaxes(1, 2), across, down
     if codes and codes[down] == "S":

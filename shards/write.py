@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -29,7 +31,8 @@ from shards.layout import (
     pack_chunk,
     volume_chunk,
 )
-from shards.read import context, refuse_fork, system_error
+
+_WRITE_BUFFER = 1 << 20  # bytes: one call of the operating system for some twenty chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +50,17 @@ class StoredArray:
 def write_volume(
     shards_root: Path, name: str, voxels: npt.NDArray[Any], profile: Profile = "fast"
 ) -> StoredArray:
-    """Write one volume (C, D, H, W) of integers or floats under `name` (see `array_name`).
+    """Write one volume (C, D, H, W) of integers or floats, of any strides, under `name` (see `array_name`).
 
-    The same voxels give the same bytes. Takes about twice the size of `voxels` in memory. A complete array of
-    that name is kept as it is, in whatever profile: the name stands for its content. Raises OSError
+    The same voxels give the same bytes. Chunks are encoded one by one: no copy of `voxels` is made. A complete
+    array of that name is kept as it is, in whatever profile: the name stands for its content. Raises OSError
     if the disk is full or refuses, and leaves nothing behind then.
     """
     if voxels.ndim != 4:
         raise ValueError(f"{name}: a volume has the axes (C, D, H, W), got the shape {voxels.shape}")
-    sizes = _write(shards_root / name, voxels, volume_chunk(voxels.shape), profile)
+    chunk = volume_chunk(voxels.shape)
+    array = _Array(shards_root / name, voxels.shape, voxels.dtype, chunk, profile)
+    sizes = _write(array, _boxes(voxels, chunk))
     return StoredArray(path=name, shape=voxels.shape, stored_bytes=[int(sizes.sum())])
 
 
@@ -71,11 +76,10 @@ def write_pack(
     if len(kinds) != 1 or any(image.ndim != 4 or image.shape[1] != 1 for image in images):
         raise ValueError(f"{name}: a pack holds images (C, 1, H, W) of one dtype and one C, got {kinds}")
     height, width = (max(image.shape[axis] for image in images) for axis in (2, 3))
-    pack = np.zeros((len(images), images[0].shape[0], height, width), images[0].dtype)
-    for slot, image in zip(pack, images, strict=True):
-        slot[:, : image.shape[2], : image.shape[3]] = image[:, 0]
-    sizes = _write(shards_root / name, pack, pack_chunk(pack.shape), profile)
-    return StoredArray(path=name, shape=pack.shape, stored_bytes=sizes.ravel().tolist())
+    shape = (len(images), images[0].shape[0], height, width)
+    array = _Array(shards_root / name, shape, images[0].dtype, pack_chunk(shape), profile)
+    sizes = _write(array, (image[np.newaxis, :, 0] for image in images))
+    return StoredArray(path=name, shape=shape, stored_bytes=sizes.ravel().tolist())
 
 
 def remove_leftovers(shards_root: Path, dataset: str) -> None:
@@ -84,11 +88,29 @@ def remove_leftovers(shards_root: Path, dataset: str) -> None:
         shutil.rmtree(leftover)
 
 
-def _write(target: Path, voxels: npt.NDArray[Any], chunk: Shape, profile: Profile) -> npt.NDArray[np.int64]:
-    """Bytes of the inner chunks of the array that now lies at `target`."""
-    if voxels.dtype.kind not in "iuf" or voxels.size == 0:
-        raise ValueError(f"{target}: cannot store {voxels.dtype} of the shape {voxels.shape}")
-    kept = _complete(target, voxels.shape, voxels.dtype, chunk)
+@dataclass(frozen=True)
+class _Array:
+    """What is to lie where."""
+
+    target: Path
+    shape: Shape
+    dtype: np.dtype[Any]
+    chunk: Shape
+    profile: Profile
+
+
+def _boxes(voxels: npt.NDArray[Any], chunk: Shape) -> Iterator[npt.NDArray[Any]]:
+    """Views of the inner chunks in the order of the index, smaller at the ends of the axes."""
+    for position in np.ndindex(*chunk_grid(voxels.shape, chunk)):
+        yield voxels[tuple(slice(at * step, (at + 1) * step) for at, step in zip(position, chunk, strict=True))]
+
+
+def _write(array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """Bytes of the inner chunks of the array that now lies at its target; `boxes` hold what goes into them."""
+    target = array.target
+    if array.dtype.kind not in "iuf" or 0 in array.shape:
+        raise ValueError(f"{target}: cannot store {array.dtype} of the shape {array.shape}")
+    kept = _complete(target, array)
     if kept is not None:
         return kept
     if not target.parent.is_dir():
@@ -96,10 +118,10 @@ def _write(target: Path, voxels: npt.NDArray[Any], chunk: Shape, profile: Profil
         sync(target.parent.parent)
     temporary = _temporary(target)
     try:
-        _encode(temporary, voxels, chunk, profile)
+        _encode(temporary, array, boxes)
         for path in (temporary / METADATA_FILE, temporary / SHARD_FILE, temporary):
             sync(path)
-        sizes = _complete(temporary, voxels.shape, voxels.dtype, chunk)
+        sizes = _complete(temporary, array)
         if sizes is None:
             raise OSError(f"{target}: the array just written to {temporary} does not read back")
         try:
@@ -108,7 +130,7 @@ def _write(target: Path, voxels: npt.NDArray[Any], chunk: Shape, profile: Profil
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             # Something lies there: the same content, which another process just finished, or a ruin.
-            kept = _complete(target, voxels.shape, voxels.dtype, chunk)
+            kept = _complete(target, array)
             if kept is not None:
                 return kept
             ruin = _temporary(target)
@@ -125,35 +147,63 @@ def _temporary(target: Path) -> Path:
     return target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
 
 
-def _complete(target: Path, shape: Shape, dtype: npt.DTypeLike, chunk: Shape) -> npt.NDArray[np.int64] | None:
+def _complete(target: Path, array: _Array) -> npt.NDArray[np.int64] | None:
     """Bytes of the inner chunks if `target` is a whole array of this shape and dtype, else None."""
     try:
         found = json.loads((target / METADATA_FILE).read_bytes())
-        sizes = chunk_bytes(target / SHARD_FILE, chunk_grid(shape, chunk))
+        sizes = chunk_bytes(target / SHARD_FILE, chunk_grid(array.shape, array.chunk))
     except (FileNotFoundError, ValueError):
         return None
-    known = (array_metadata(shape, dtype, chunk, profile) for profile in PROFILES)
+    known = (array_metadata(array.shape, array.dtype, array.chunk, profile) for profile in PROFILES)
     return sizes if any(found == metadata for metadata in known) else None
 
 
-def _encode(folder: Path, voxels: npt.NDArray[Any], chunk: Shape, profile: Profile) -> None:
-    import tensorstore  # 50 ms that callers who write nothing need not pay
+def _encode(folder: Path, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> None:
+    """Write metadata and shard into a new `folder`.
 
-    refuse_fork()
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(folder)},
-        "metadata": array_metadata(voxels.shape, voxels.dtype, chunk, profile),
-        "create": True,
-        # Nothing is left out, so that a reader can tell a lost chunk from background.
-        "store_data_equal_to_fill_value": True,
-    }
-    native = voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
+    Not by TensorStore, which holds all chunks of a shard, and their encoded bytes, before it writes the first.
+    """
+    metadata = array_metadata(array.shape, array.dtype, array.chunk, array.profile)
     try:
-        array = tensorstore.open(spec, context=context()).result()
-        array.write(native, can_reference_source_data_indefinitely=True).result()
-    except ValueError as error:
-        refused = system_error(error, folder)
-        if refused is None:
-            raise
-        raise refused from error
+        folder.mkdir()
+        (folder / METADATA_FILE).write_text(json.dumps(metadata))
+        with (folder / SHARD_FILE).open("wb", buffering=_WRITE_BUFFER) as file:
+            _write_shard(file, array, boxes)
+    except OSError as error:
+        # A failed write, unlike a failed open, does not name its file.
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> None:
+    """Every inner chunk with its crc32c, then the index of (offset, bytes) and its own.
+
+    Nothing is left out, so that a reader can tell a lost chunk from background.
+    """
+    import imagecodecs  # 50 ms that callers who write nothing need not pay
+
+    codec: dict[str, Any] = PROFILES[array.profile]
+    index = np.empty((math.prod(chunk_grid(array.shape, array.chunk)), 2), "<u8")
+    memory = bytearray(math.prod(array.chunk) * array.dtype.itemsize)
+    chunk = np.frombuffer(memory, array.dtype.newbyteorder("<")).reshape(array.chunk)
+    offset = 0
+    for number, box in enumerate(boxes):
+        if box.shape != chunk.shape:
+            chunk[...] = 0
+        chunk[tuple(slice(size) for size in box.shape)] = box
+        encoded = imagecodecs.blosc_encode(
+            memory,
+            level=codec["clevel"],
+            compressor=codec["cname"],
+            shuffle=codec["shuffle"],
+            typesize=array.dtype.itemsize,
+            numthreads=1,
+        )
+        index[number] = offset, _write_checked(file, bytes(encoded))
+        offset += int(index[number, 1])
+    _write_checked(file, index.tobytes())
+
+
+def _write_checked(file: BinaryIO, data: bytes) -> int:
+    """Write `data` and its crc32c; returns how many bytes both take."""
+    checksum: int = google_crc32c.value(data)
+    return file.write(data) + file.write(checksum.to_bytes(4, "little"))

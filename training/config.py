@@ -102,6 +102,8 @@ class RunConfig(_Section):
     """Newest checkpoints to keep."""
     validation_images: Positive
     """Held-out images to measure on, spread over data sets and modalities."""
+    validation_tokens_x: Positive
+    """In-plane tokens of the centre crops measured on: the networks take any grid."""
     precision: Literal["fp32", "bf16", "fp16"]
     """Number format of the forward pass; weights stay float32. fp16 scales the loss and needs a GPU."""
     device: Literal["auto", "cpu", "cuda"]
@@ -125,6 +127,8 @@ class TokenizerModelConfig(_Section):
     """Length of a codebook entry."""
     channels: tuple[OfGroups8, OfGroups8, OfGroups8]
     """Channels after the strides 4, 2 and 2 of the encoder; the decoder has the same in reverse."""
+    output_merge: Literal["sum", "mean"]
+    """Merging of depth taps in the last layer: sum as in the paper, mean for one scale at all DA levels."""
 
 
 class DiscriminatorConfig(_Section):
@@ -217,7 +221,7 @@ _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
     "mim": MimRunConfig,
 }
 
-_FREE_ON_RESUME = ("device", "data.workers", "intervals.", "keep_checkpoints", "validation_images")
+_FREE_ON_RESUME = ("device", "data.workers", "intervals.", "keep_checkpoints", "validation_")
 """Fields (or sections, with the dot) that change no weight, so that a resumed run may set them anew."""
 
 

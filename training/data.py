@@ -54,7 +54,8 @@ def open_data(corpus_folder: Path, config: RunConfig) -> RunData:
     training = table.filter(pc.equal(table["split"], "train"))
     planner = BatchPlanner(training, crop, config.data.batch_size, config.seed)
     measured, held_out = choose_images(table, config.validation_images)
-    batches = ValidationPlanner(measured, crop, config.data.batch_size)
+    shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
+    batches = ValidationPlanner(measured, shown, config.data.batch_size)
     reader = ShardReader(corpus.shards)
     columns = (measured[name].to_pylist() for name in ("dataset", "key", "modality"))
     return RunData(

@@ -24,10 +24,13 @@ Shape suffixes: B crops, I input channels, O output channels, D depth, H height,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+DepthMerge = Literal["sum", "mean"]
+"""How a transposed convolution makes one depth tap of several."""
 
 
 class SpatialState(NamedTuple):
@@ -109,11 +112,14 @@ class SACConv3d(nn.Module):
 class SACTransposedConv3d(nn.Module):
     """Spatially adaptive transposed convolution, kernel = stride.
 
+    Where the depth stride is below s, the depth taps of a group become one tap: their sum (the paper), or
+    their mean (`merge`), for which a thick slice is the average of the thin ones it stands for.
     Parameters are those of `nn.ConvTranspose3d`: weight (I, O, s, s, s), bias (O).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, *, merge: DepthMerge = "sum") -> None:
         super().__init__()
+        self.merge = merge
         self.halvings = _log2(stride)
         self.stride = stride
         initial = nn.ConvTranspose3d(in_channels, out_channels, stride)
@@ -122,9 +128,12 @@ class SACTransposedConv3d(nn.Module):
     def forward(self, x_BIDHW: Tensor, state: SpatialState) -> tuple[Tensor, SpatialState]:
         """Expand (B, I, D, H, W) to (B, O, D * depth stride, H * s, W * s)."""
         depth_stride = min(1 << state.depth_halvings, self.stride)
+        weight = _sum_depth(self.weight, depth_stride)
+        if self.merge == "mean":
+            weight = weight * (depth_stride / self.stride)
         x_BODHW = F.conv_transpose3d(
             x_BIDHW,
-            _sum_depth(self.weight, depth_stride),
+            weight,
             self.bias,
             stride=(depth_stride, self.stride, self.stride),
         )
@@ -132,7 +141,7 @@ class SACTransposedConv3d(nn.Module):
 
     def extra_repr(self) -> str:
         in_channels, out_channels = self.weight.shape[:2]
-        return f"{in_channels}, {out_channels}, stride={self.stride}"
+        return f"{in_channels}, {out_channels}, stride={self.stride}, merge={self.merge}"
 
 
 class SACConvBlock(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from catalog.errors import SetupError
 from training.quantizer import GumbelQuantizer, NearestQuantizer, SoftQuantizer
-from training.sac import SACConv3d, SACConvBlock, SACTransposedConv3d, SpatialState
+from training.sac import DepthMerge, SACConv3d, SACConvBlock, SACTransposedConv3d, SpatialState
 
 NORM_GROUPS = 8
 IMAGE_CHANNELS = 3
@@ -51,6 +51,10 @@ class TokenizerConfig(BaseModel):
     """Channels going into each decoder stage; the last stage ends at the image's three."""
     decoder_strides: tuple[int, ...] = (2, 2, 4)
     """In-plane stride of each decoder stage, powers of two."""
+    output_merge: DepthMerge = "sum"
+    """Merging of depth taps in the decoder's last layer, the one without a norm behind it. By the paper's
+    "sum" the image of level 2 and above comes out about 4 times as large as that of level 0, which a short
+    training does not level out; "mean" gives all levels one scale. Weights are of use only as trained."""
 
     @property
     def stride(self) -> int:
@@ -129,7 +133,8 @@ class Tokenizer(nn.Module):
         )
         for (before, after), stride in zip(pairwise(widths), config.decoder_strides[:-1], strict=True):
             self.decoder.append(_Up(before, after, stride))
-        self.decoder.append(SACTransposedConv3d(widths[-1], IMAGE_CHANNELS, config.decoder_strides[-1]))
+        stride, merge = config.decoder_strides[-1], config.output_merge
+        self.decoder.append(SACTransposedConv3d(widths[-1], IMAGE_CHANNELS, stride, merge=merge))
 
     def features(self, x_BCDHW: Tensor, level: int) -> Tensor:
         """What the quantizer reads, (B, feature_channels, d, h, w), of images (B, 3, D, H, W) in [-1, 1].

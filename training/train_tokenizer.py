@@ -179,6 +179,7 @@ def build_tokenizer(model: TokenizerModelConfig) -> Tokenizer:
             feature_channels=model.channels[-1],
             encoder_channels=model.channels,
             decoder_channels=model.channels[::-1],
+            output_merge=model.output_merge,
         )
     )
 

@@ -81,7 +81,8 @@ def _interpret(pixels: Voxels, pixel_format: PixelFormat, shift: int) -> Voxels:
     unsigned = pixels.astype(f"u{bits // 8}", copy=False)
     unused = bits - pixel_format.bits_stored
     if not pixel_format.signed:
-        return (unsigned >> shift) & ((1 << pixel_format.bits_stored) - 1) if unused else unsigned
+        shifted = unsigned >> shift if shift else unsigned
+        return shifted & ((1 << pixel_format.bits_stored) - 1) if unused else unsigned
     # Pushed to the top and back down, the sign bit fills the bits above it.
     return np.asarray((unsigned << (unused - shift)).view(f"i{bits // 8}") >> unused)
 

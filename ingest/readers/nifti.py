@@ -30,6 +30,7 @@ _MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
 """Code of the spatial unit in `xyzt_units` -> length in mm; an unknown unit is mm by custom."""
 _COLOURS = (128, 2304)
 _DISAGREEMENT = 0.01
+_BLOCK = 1 << 20  # bytes: `readinto` of a gzip stream goes through a copy of what it is asked for
 
 
 def read(source: ImageSource) -> Iterator[Volume]:
@@ -181,8 +182,7 @@ def _geometry(source: ImageSource, header: Any) -> dict[str, Any]:
     unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     stated = header["pixdim"][1:4].astype(np.float64) * unit
     if source.dimension == 2:
-        known = bool(np.all(np.isfinite(stated[:2]) & (stated[:2] > 0)))
-        spacing = (math.nan, float(stated[1]), float(stated[0])) if known else None
+        spacing = (math.nan, float(stated[1]), float(stated[0])) if np.any(stated[:2]) else None
         return {"spacing": spacing, "affine": None}
 
     flags = ["unit_converted"] if unit != 1.0 else []
@@ -226,7 +226,7 @@ def _read_voxels(source: ImageSource, stream: BinaryIO, shape: tuple[int, ...], 
     target = voxels.view(np.uint8).data
     done = 0
     while done < len(target):
-        got = cast(io.BufferedIOBase, stream).readinto(target[done:])
+        got = cast(io.BufferedIOBase, stream).readinto(target[done : done + _BLOCK])
         if not got:
             raise FailedImage(
                 "unreadable",

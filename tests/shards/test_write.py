@@ -248,15 +248,71 @@ def test_a_refusal_of_the_operating_system_comes_through_and_leaves_nothing(tmp_
     assert names(tmp_path / "demo") == []
 
 
-def test_a_full_disk_comes_through_as_enospc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise ValueError(
-            'RESOURCE_EXHAUSTED: Error writing local file "x/c.0.0.0.0": Failed to write 587 bytes to file 4: '
-            "No space left on device [os_error_code='28']"
-        )
+@pytest.mark.parametrize("moment", ["while writing", "at the last moment"])
+def test_a_full_disk_comes_through_as_enospc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(tensorstore, "open", full)
-    with pytest.raises(OSError, match="No space left") as refused:
+    if moment == "while writing":
+        monkeypatch.setattr("shards.write.SHARD_FILE", "/dev/full")
+    else:
+        (tmp_path / "demo").mkdir()
+        monkeypatch.setattr("shards.write.sync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*demo") as refused:
         write_volume(tmp_path, NAME, head())
     assert refused.value.errno == errno.ENOSPC
     assert names(tmp_path / "demo") == []
+
+
+# memory and order -------------------------------------------------------------------------------------------
+
+MEMORY = """
+import re
+import sys
+from pathlib import Path
+import numpy as np
+from shards.write import write_volume
+
+def resident(field):
+    # Not by getrusage: its maximum is inherited from the parent process.
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+write_volume(Path(sys.argv[1]), "demo/small.zarr", np.zeros((1, 16, 64, 64), np.int16))
+voxels = np.random.default_rng(0).integers(0, 4000, (256, 384, 128), np.int16).transpose(2, 1, 0)[None, ::-1]
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+write_volume(Path(sys.argv[1]), "demo/large.zarr", voxels)
+print((resident("VmHWM") - before) / voxels.nbytes)
+"""
+
+
+def test_writing_copies_no_volume_even_if_it_lies_transposed_in_memory(tmp_path: Path) -> None:
+    assert float(run_python(MEMORY, str(tmp_path))) < 0.25
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 2, 1), (0, 2, 1, 3)])
+def test_bytes_depend_on_the_voxels_not_on_how_they_lie_in_memory(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    voxels = head()
+    lying = np.ascontiguousarray(voxels.transpose(order)).transpose(np.argsort(order))
+    write_volume(tmp_path / "plain", NAME, voxels)
+    write_volume(tmp_path / "lying", NAME, lying)
+    write_volume(tmp_path / "swapped", NAME, lying.astype(">i2"))
+    assert digests(tmp_path / "lying") == digests(tmp_path / "plain") == digests(tmp_path / "swapped")
+
+
+@pytest.mark.parametrize("place", [0.0, 0.4, 0.999])
+def test_every_byte_of_a_shard_is_under_a_checksum(tmp_path: Path, place: float) -> None:
+    write_volume(tmp_path, NAME, head())
+    shard = tmp_path / NAME / SHARD_FILE
+    content = bytearray(shard.read_bytes())
+    content[int(place * len(content))] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"(?i)checksum|crc32c"):
+        zarr.open_array(tmp_path / NAME, mode="r")[...]
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / NAME)}}
+    with pytest.raises(ValueError, match="Error reading"):
+        tensorstore.open(spec).result().read().result()

@@ -55,7 +55,7 @@ def test_overrides_are_yaml_and_reach_any_depth():
         ("device=gpu", ["device", "'gpu'", "'auto', 'cpu' or 'cuda'"]),
         ("steps=many", ["steps", "'many'", "integer"]),
         ("data.batch_size=0", ["data.batch_size", "0", "greater than 0"]),
-        ("optim.warmup_steps=100000", ["optim.warmup_steps", "steps 300"]),
+        ("optim.warmup_steps=100000", ["optim.warmup_steps", "steps 600"]),
         ("optim.min_lr=1", ["optim", "min_lr", "peak_lr"]),
         ("optim.peak_lr=.nan", ["optim.peak_lr", "finite"]),
         ("optim=3", ["optim", "dictionary"]),

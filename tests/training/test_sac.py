@@ -145,3 +145,16 @@ def test_pairs_without_a_rule_are_refused(kernel_stride: tuple[int, int]) -> Non
         SACConv3d(1, 1, *kernel_stride)
     with pytest.raises(ValueError, match="power of two"):
         SACTransposedConv3d(1, 1, 3)
+
+
+@pytest.mark.parametrize(("level", "depth_stride"), [(0, 4), (1, 2), (2, 1), (5, 1)])
+def test_mean_merge_gives_the_average_of_the_thin_slices(level: int, depth_stride: int) -> None:
+    """By the sum the output would be 4 / depth_stride times as large: a norm has to follow it."""
+    torch.manual_seed(level)
+    layer = SACTransposedConv3d(3, 2, 4, merge="mean")
+    x = torch.randn(1, 3, 2, 3, 3)
+    thin, _ = layer(x, SpatialState(level=0, halvings=2))
+    merged, state = layer(x, SpatialState(level=level, halvings=2))
+    average = thin.unflatten(2, (-1, 4 // depth_stride)).mean(dim=3)
+    torch.testing.assert_close(merged, average)
+    assert state.halvings == 0

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from catalog.errors import SetupError
+from tests.training_process import train_in_process
 from training import train_mim, train_tokenizer
 from training.config import MimRunConfig, load_preset
 from training.mim import MIMLoss
@@ -96,31 +94,13 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(toy_corpus, tokenizer, whole, t
     assert_same_result(tmp_path / "run", whole)
 
 
-CHILD = """
-import os, signal
-from pathlib import Path
-from training.config import load_preset
-from training.run import Run
-from training.train_mim import train
-finish = Run.finish_step
-def finish_or_die(self, step, *rest):
-    finish(self, step, *rest)
-    if step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-Run.finish_step = finish_or_die
-train(load_preset("mim", "tiny", {overrides!r}), Path({corpus!r}), Path({run!r}), resume=False)
-"""
-
-
-def test_a_process_killed_with_kill_9_resumes_and_ends_the_same(toy_corpus, tokenizer, whole, tmp_path):
+def test_a_process_killed_with_kill_9_resumes_and_ends_the_same(toy_corpus, tokenizer, tmp_path):
     overrides = [*SMALL, f"tokenizer={tokenizer}"]
-    child = CHILD.format(overrides=overrides, corpus=str(toy_corpus), run=str(tmp_path / "run"))
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    died = subprocess.run([sys.executable, "-c", child], cwd=REPOSITORY, env=environment)
-    assert died.returncode == -signal.SIGKILL
+    assert train_in_process("mim", overrides, toy_corpus, tmp_path / "undisturbed") == 0
+    assert train_in_process("mim", overrides, toy_corpus, tmp_path / "run", stop="SIGKILL") == -signal.SIGKILL
     assert read_state(newest_checkpoint(tmp_path / "run"))["step"] == 4
-    train_mim.train(config(tokenizer), toy_corpus, tmp_path / "run", resume=True)
-    assert_same_result(tmp_path / "run", whole)
+    assert train_in_process("mim", overrides, toy_corpus, tmp_path / "run", resume=True) == 0
+    assert_same_result(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_a_missing_tokenizer_says_what_to_run_first(toy_corpus, tmp_path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from catalog.errors import SetupError
+from tests.training_process import train_in_process
 from training import train_tokenizer
 from training.config import TokenizerRunConfig, load_preset
 from training.run import Run, TrainingDivergedError, TrainingInterrupted, newest_checkpoint, read_state
@@ -58,7 +57,9 @@ def whole(toy_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_loss_falls_and_the_summary_says_how_well_it_went(toy_corpus, tmp_path):
-    longer = config("steps=30", "optim.peak_lr=3e-3", "intervals.validate_every_steps=30")
+    longer = config(
+        "steps=60", "optim.peak_lr=1e-2", "optim.max_grad_norm=1", "intervals.validate_every_steps=60"
+    )
     summary = train(longer, toy_corpus, tmp_path / "run", resume=False)
     assert summary["last_loss"] < 0.8 * summary["first_loss"]
     assert summary["images_per_second"] > 0
@@ -98,35 +99,23 @@ def test_a_resumed_run_ends_bit_for_bit_the_same_discriminator_and_gate_included
     assert_same_result(run, whole)
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from training.config import load_preset
-from training.run import Run
-from training.train_tokenizer import train
-finish = Run.finish_step
-def finish_or_die(self, step, *rest):
-    finish(self, step, *rest)
-    if step == 4:
-        os.kill(os.getpid(), signal.{signal})
-Run.finish_step = finish_or_die
-train(load_preset("tokenizer", "tiny", {overrides!r}), Path({corpus!r}), Path({run!r}), resume=False)
-"""
-
-
-def run_child(corpus: Path, run: Path, name: str) -> int:
-    child = CHILD.format(signal=name, overrides=[*SMALL, *GAN], corpus=str(corpus), run=str(run))
-    # Sums come out the same only with the same number of threads.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run([sys.executable, "-c", child], cwd=REPOSITORY, env=environment).returncode
+@pytest.fixture(scope="module")
+def undisturbed(toy_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `whole`, in a process of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train_in_process("tokenizer", [*SMALL, *GAN], toy_corpus, folder) == 0
+    return folder
 
 
 @pytest.mark.parametrize(("name", "code", "steps"), [("SIGKILL", -9, 4), ("SIGTERM", 3, 5)])
-def test_a_process_that_was_stopped_resumes_and_ends_the_same(name, code, steps, toy_corpus, whole, tmp_path):
-    assert run_child(toy_corpus, tmp_path / "run", name) == code
+def test_a_process_that_was_stopped_resumes_and_ends_the_same(
+    name, code, steps, toy_corpus, undisturbed, tmp_path
+):
+    settings = ("tokenizer", [*SMALL, *GAN], toy_corpus, tmp_path / "run")
+    assert train_in_process(*settings, stop=name) == code
     assert read_state(newest_checkpoint(tmp_path / "run"))["step"] == steps
-    train(config(*GAN), toy_corpus, tmp_path / "run", resume=True)
-    assert_same_result(tmp_path / "run", whole)
+    assert train_in_process(*settings, resume=True) == 0
+    assert_same_result(tmp_path / "run", undisturbed)
 
 
 def test_a_signal_in_this_process_ends_with_exit_code_3(toy_corpus, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from catalog.errors import SetupError
 
 if TYPE_CHECKING:
     from ingest.run import IngestPlan, IngestReport, Outcomes
+
+_WIDTH_OF_A_FILE = 140
+"""Columns of tables that go to a file or a pipe."""
 
 DONE, SOME_FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 3
 
@@ -383,7 +387,10 @@ def _writing(path: Path) -> Iterator[None]:
 def _console(stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_OF_A_FILE
+    return console
 
 
 def _print(what: Any) -> None:

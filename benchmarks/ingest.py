@@ -180,7 +180,7 @@ def decode_jpeg_lossless(frame: bytes, _: Any) -> bytes:
 def limit_of(source: ImageSource) -> Work:
     """Decode, encode and write of one source, with all that can be prepared done before."""
     images = [normalise(volume, source).voxels for volume in read_volumes(source)]
-    chunks = [bytearray(chunk) for voxels in images for chunk in contiguous_chunks(voxels, source.dimension)]
+    chunks = [chunk for voxels in images for chunk in contiguous_chunks(voxels, source.dimension)]
     itemsize = images[0].itemsize
     codec: dict[str, Any] = PROFILES["fast"]
     decode = DECODERS[source.format](source)
@@ -204,7 +204,7 @@ def limit_of(source: ImageSource) -> Work:
     return limit
 
 
-def contiguous_chunks(voxels: Any, dimension: int) -> Iterator[bytes]:
+def contiguous_chunks(voxels: Any, dimension: int) -> Iterator[Any]:
     """The inner chunks of the shard, each padded to its full size."""
     voxels = voxels if dimension == 3 else voxels.swapaxes(0, 1)
     chunk = (volume_chunk if dimension == 3 else pack_chunk)(voxels.shape)
@@ -212,7 +212,7 @@ def contiguous_chunks(voxels: Any, dimension: int) -> Iterator[bytes]:
     pads = [(0, n * c - s) for n, c, s in zip(grid, chunk, voxels.shape, strict=True)]
     split = np.pad(voxels, pads).reshape([length for pair in zip(grid, chunk, strict=True) for length in pair])
     for part in split.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(-1, *chunk):
-        yield part.tobytes()
+        yield np.ascontiguousarray(part)
 
 
 def inflate(source: ImageSource) -> Callable[[], None]:

@@ -183,15 +183,15 @@ def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]
 
     codec: dict[str, Any] = PROFILES[array.profile]
     index = np.empty((math.prod(chunk_grid(array.shape, array.chunk)), 2), "<u8")
-    memory = bytearray(math.prod(array.chunk) * array.dtype.itemsize)
-    chunk = np.frombuffer(memory, array.dtype.newbyteorder("<")).reshape(array.chunk)
+    chunk = np.zeros(array.chunk, array.dtype.newbyteorder("<"))
     offset = 0
     for number, box in enumerate(boxes):
         if box.shape != chunk.shape:
             chunk[...] = 0
         chunk[tuple(slice(size) for size in box.shape)] = box
+        # The array, though the codec's types say bytes: of those it would shuffle single bytes, whatever typesize.
         encoded = imagecodecs.blosc_encode(
-            memory,
+            chunk,  # type: ignore[arg-type]
             level=codec["clevel"],
             compressor=codec["cname"],
             shuffle=codec["shuffle"],

@@ -189,7 +189,7 @@ def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]
         if box.shape != chunk.shape:
             chunk[...] = 0
         chunk[tuple(slice(size) for size in box.shape)] = box
-        # The array, though the codec's types say bytes: of those it would shuffle single bytes, whatever typesize.
+        # The array, though the type asks for bytes: of those it shuffles single ones, whatever typesize says.
         encoded = imagecodecs.blosc_encode(
             chunk,  # type: ignore[arg-type]
             level=codec["clevel"],

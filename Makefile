@@ -55,8 +55,10 @@ test: check  ## check, then the test suite (under 10 minutes on 2 cores)
 test-slow: $(STAMP)  ## what takes longer (under 40 minutes on 2 cores)
 	$(BIN)/python -m pytest -m slow
 
-bench: $(STAMP)  ## run the benchmarks; results go to benchmarks/results/
-	@for script in benchmarks/*.py; do $(BIN)/python $$script --json $(BIN)/../bench-$$(basename $$script .py).json || exit 1; done
+bench: $(STAMP)  ## run the benchmarks against their peers; figures go to build/benchmarks/
+	@mkdir -p build/benchmarks
+	@for script in benchmarks/*.py; do \
+	  $(BIN)/python $$script --json build/benchmarks/$$(basename $$script .py).json || exit 1; done
 
 clean:  ## remove the environment, caches and what the demo made
 	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

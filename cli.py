@@ -433,6 +433,13 @@ def _main(app: typer.Typer) -> None:
     except SetupError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(WRONG_CALL)
+    except OSError as error:
+        # The world's faults (no permission, no space), wherever they come up; a closed pipe is none.
+        if isinstance(error, BrokenPipeError):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"error: {where}{error.strerror or error}. Mend that and repeat the command.", err=True)
+        sys.exit(WRONG_CALL)
     except _Interrupted:
         typer.echo("interrupted: repeat the command to go on.", err=True)
         sys.exit(INTERRUPTED)

@@ -112,6 +112,16 @@ def test_data_folder_without_write_permission(tmp_path: Path, samples: Path) -> 
     one_line_error(result, "permission", str(locked))
 
 
+def test_run_folder_without_write_permission(tmp_path: Path, samples: Path) -> None:
+    data = tmp_path / "data"
+    run("pumit-data", "ingest", "sample", "--raw", samples.parent, "--data", data, "--only", "retina|chest")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    settings = ("--data", data, "--run", locked / "run")
+    result = run("pumit-train", "tokenizer", *settings, unprivileged=True)
+    one_line_error(result, str(locked), "Permission denied")
+
+
 def test_a_folder_that_shadows_a_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "__init__.py").touch()

@@ -156,7 +156,8 @@ def distribution_within(
         return whole
     # A crop mostly takes little away, and that is counted faster than what it leaves.
     outside = [part for part in _outside(voxels, box) if part.size]
-    effort = sum(part.size + _BINS for part in outside)
+    bins = _BINS if whole.minimum < 0 else int(whole.maximum)  # negative ones come last, read as unsigned
+    effort = sum(part.size + bins for part in outside)
     if isinstance(whole, CountedDistribution) and effort < inside.size:
         return whole.without(outside, padding)
     if padding is not None:
@@ -315,7 +316,7 @@ def resize_in_plane(voxels: Voxels, size: tuple[int, int]) -> Voxels:
     is_integer = voxels.dtype.kind in "iu"
     for channel, slices in enumerate(voxels):
         for z, plane in enumerate(slices):
-            shrunk = _shrink(np.ascontiguousarray(plane, dtype=work), size)
+            shrunk = _shrink(plane, size, np.dtype(work))
             if is_integer:
                 limits = np.iinfo(voxels.dtype)
                 np.clip(np.rint(shrunk, out=shrunk), limits.min, limits.max, out=shrunk)
@@ -404,12 +405,20 @@ def _unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def _count(flat: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Counts of the values from 0 to the largest, or beyond."""
-    if flat.itemsize > 1:
-        return np.bincount(flat)
-    import cv2
+    if flat.itemsize == 1:
+        import cv2
 
-    # Four times faster on bytes. It counts in float32, which is exact up to 2^24.
-    return np.asarray(cv2.calcHist([flat], [0], None, [256], [0, 256])).ravel().astype(np.int64)
+        # Four times faster on bytes. It counts in float32, which is exact up to 2^24.
+        return np.asarray(cv2.calcHist([flat], [0], None, [256], [0, 256])).ravel().astype(np.int64)
+    # To count one value again and again is slow, and most of a masked image is background: in every 64th voxel
+    # one sees whether it pays to leave that out.
+    background = flat[0]
+    if np.count_nonzero(flat[::64] == background) < len(flat) // 128:
+        return np.bincount(flat)
+    others = flat[flat != background]
+    counts = np.bincount(others, minlength=int(background) + 1)
+    counts[background] = len(flat) - len(others)
+    return counts
 
 
 def _outside(voxels: Voxels, box: Bounds) -> Iterator[Voxels]:
@@ -420,29 +429,35 @@ def _outside(voxels: Voxels, box: Bounds) -> Iterator[Voxels]:
         yield from (before, after)
 
 
-def _move_padding(counts: npt.NDArray[np.int64], padding_bin: int) -> None:
-    padded = counts[padding_bin]
-    counts[padding_bin] = 0
-    others = np.flatnonzero(counts)
-    counts[others[0] if len(others) else padding_bin] += padded
-
-
 def _bounds(occupied: npt.NDArray[np.bool_]) -> tuple[int, int]:
     where = np.flatnonzero(occupied)
     return int(where[0]), int(where[-1]) + 1
 
 
-def _shrink(plane: Voxels, size: tuple[int, int]) -> Voxels:
+def _shrink(plane: Voxels, size: tuple[int, int], work: np.dtype[Any]) -> Voxels:
     height, width = size
-    if max(size) >= _EXACT_AREA_SIZE or plane.dtype == np.float64:
+    if max(size) >= _EXACT_AREA_SIZE or work == np.float64:
         # OpenCV leaves out parts of a pixel under 1/1000, which a side of n pixels has from n = 1000 on, and
         # holds its weights in float32 whatever the type of the voxels.
         rows = _area_weighted(plane.astype(np.float64), height)
-        return _area_weighted(rows.T, width).T.astype(plane.dtype)
+        return _area_weighted(rows.T, width).T.astype(work)
     import cv2  # 0.1 s that a caller of the statistics need not pay
 
-    shrunk: Voxels = cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA)
-    return shrunk
+    def resized(part: Voxels, height: int) -> Voxels:
+        floats = np.ascontiguousarray(part, dtype=work)
+        shrunk: Voxels = cv2.resize(floats, (width, height), interpolation=cv2.INTER_AREA)
+        return shrunk
+
+    if plane.shape[0] % height == 0 or plane.shape[1] % width == 0:
+        return resized(plane, height)  # OpenCV adds up whole blocks in an order of its own
+    # It sums along rows before it sums along columns, so bands of rows give the same bits, and the plane is
+    # never there as floats.
+    narrow = np.empty((len(plane), width), dtype=work)
+    together = max(1, _CHUNK // plane.shape[1])
+    for start in range(0, len(plane), together):
+        band = plane[start : start + together]
+        narrow[start : start + together] = resized(band, len(band))
+    return resized(narrow, height)
 
 
 def _area_weighted(plane: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:

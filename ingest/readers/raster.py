@@ -21,6 +21,7 @@ _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 _ORIENTATION = 0x0112
 _AS_RGB = ("P", "PA", "RGBA", "RGBX", "RGBa", "YCbCr", "HSV", "LAB")
 _AS_GREY = ("1", "LA", "La")
+_BAND = 256  # rows
 
 
 def read(source: ImageSource) -> Iterator[Volume]:
@@ -43,6 +44,8 @@ def read(source: ImageSource) -> Iterator[Volume]:
     with reading(source):
         data = path.read_bytes()
         pixels, flags = _pixels(source, data)
+        source_hash = hashlib.sha256(data).hexdigest()
+        del data  # it would stay until the next picture
     if pixels.ndim == 3 and all(np.array_equal(pixels[..., 0], pixels[..., c]) for c in (1, 2)):
         pixels = np.ascontiguousarray(pixels[..., 0])
         flags = (*flags, "equal_channels")
@@ -53,7 +56,7 @@ def read(source: ImageSource) -> Iterator[Volume]:
         spacing=None,
         affine=None,
         flags=flags,
-        source_hash=hashlib.sha256(data).hexdigest(),
+        source_hash=source_hash,
     )
 
 
@@ -112,12 +115,24 @@ def _shallow(source: ImageSource, image: Image.Image) -> Voxels:
     if image.has_transparency_data:
         _demand_opaque(source, np.asarray(image.convert("RGBA").getchannel("A")))
     if image.mode in _AS_RGB:
-        return np.asarray(image.convert("RGB"))
+        return _pixels_of_bytes(image.convert("RGB"))
     if image.mode in _AS_GREY:
-        return np.asarray(image.convert("L"))
-    if image.mode in ("L", "RGB", "F"):
+        return _pixels_of_bytes(image.convert("L"))
+    if image.mode in ("L", "RGB"):
+        return _pixels_of_bytes(image)
+    if image.mode == "F":
         return np.asarray(image)
     raise ExcludedImage("unsupported_layout", f"{name(source)}: colour mode {image.mode}. Convert it to RGB.")
+
+
+def _pixels_of_bytes(image: Image.Image) -> Voxels:
+    """(H, W) of mode L, (H, W, 3) of RGB. In bands: what Pillow hands over lies in memory twice meanwhile."""
+    width, height = image.size
+    pixels = np.empty((height, width) if image.mode == "L" else (height, width, 3), dtype=np.uint8)
+    for top in range(0, height, _BAND):
+        bottom = min(top + _BAND, height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return pixels
 
 
 def _demand_opaque(source: ImageSource, alpha: Voxels) -> None:

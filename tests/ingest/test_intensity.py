@@ -189,6 +189,16 @@ def test_statistics_are_numpys(data: st.DataObject, dtype: str) -> None:
     assert low < high
 
 
+@pytest.mark.parametrize("background", [-5, 0, 700])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
+def test_much_background_is_counted_exactly(background: int, share: float) -> None:
+    random = np.random.default_rng(0)
+    image = np.where(random.random(300_000) < share, random.integers(-50, 900, 300_000), background)
+    image = np.append(image, 901).astype(np.int16)
+    ranks = range(0, image.size, 997)
+    np.testing.assert_array_equal(distribution(image).ranked(ranks), np.sort(image)[ranks])
+
+
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=80, deadline=None)
 def test_padding_counts_as_the_minimum_of_the_others(data: st.DataObject, dtype: str) -> None:
@@ -289,6 +299,14 @@ def test_resize_has_true_area_weights(shape: tuple[int, int]) -> None:
     unclear = np.abs(expected - np.floor(expected) - 0.5) < 2e-3
     np.testing.assert_array_equal(stored[~unclear], np.rint(expected)[~unclear])
     assert np.abs(stored - expected).max() < 0.503
+
+
+@pytest.mark.parametrize("shape", [(1300, 1100), (1024, 1501), (1501, 1024), (1536, 1600)])
+def test_resize_gives_the_bits_of_a_plane_resized_as_a_whole(shape: tuple[int, int]) -> None:
+    plane = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
+    height, width = resized_shape(*shape)
+    whole = cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(resize_in_plane(plane[None, None], (height, width))[0, 0], whole)
 
 
 def test_resize_rounds_half_to_even_and_keeps_the_dtype() -> None:

@@ -323,7 +323,7 @@ class Run:
                 self._writer.add_scalar(name, number, step + 1)
 
     def summary(self, measured: Mapping[str, float]) -> dict[str, Any]:
-        """First and last loss (means over some steps), images/s since this process began, and what was `measured`."""
+        """First and last loss (means over some steps), images/s of this process, and what was `measured`."""
         count = min(AVERAGED_STEPS, max(self.config.steps // 2, 1))
         first, last = self._losses["first"][:count], self._losses["last"][-count:]
         summary = {

@@ -14,47 +14,25 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from catalog.errors import SetupError
+from ingest.declared import Declared, Regex, Text, checked_relative, not_empty, path_parts
 from ingest.source import DepthAxis, Format
 
 _Item = TypeVar("_Item")
-_Items = TypeVar("_Items", bound=tuple[object, ...])
 
 Kind = Literal["CT", "MRI", "PET", "XR", "US", "OCT", "fundus"]
 """What stands before the first slash of a modality; the sequence follows, as in MRI/T2-FLAIR."""
 
 
-def _checked_regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-    return pattern
-
-
-def _checked_relative(path: str) -> str:
-    if not path or path.startswith("/") or "\\" in path or {"", ".", ".."} & set(_parts(path)):
-        raise ValueError(f"{path!r} must be relative, with forward slashes, without '.', '..' and empty parts")
-    return path
-
-
 def _checked_glob(glob: str) -> str:
-    *folders, last = _parts(_checked_relative(glob))
+    *folders, last = path_parts(checked_relative(glob))
     if "**" in last or any("**" in part and part != "**" for part in folders):
         raise ValueError(f"{glob!r}: '**' must stand alone between slashes, and not at the end")
     return glob
@@ -68,40 +46,11 @@ def checked_modality(modality: str) -> str:
     return modality
 
 
-def _not_empty(items: _Items) -> _Items:
-    if not items:
-        raise ValueError("needs at least one item")
-    return items
-
-
-def _parts(path: str) -> list[str]:
-    return path.removesuffix("/").split("/")
-
-
-Text = Annotated[str, Field(min_length=1)]
-Regex = Annotated[str, AfterValidator(_checked_regex)]
 Glob = Annotated[str, AfterValidator(_checked_glob)]
 Modality = Annotated[str, AfterValidator(checked_modality)]
 
 
-class _Declared(BaseModel):
-    """Part of an entry: frozen, and an unknown field is an error that lists the known ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_fields(cls, fields: Any) -> Any:
-        known = list(cls.model_fields)
-        unknown = [str(name) for name in fields if name not in known] if isinstance(fields, Mapping) else []
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"unknown field {unknown[0]!r}; {hint}allowed: {', '.join(known)}")
-        return fields
-
-
-class ModalityRule(_Declared):
+class ModalityRule(Declared):
     """Modality of the files whose path matches."""
 
     match: Regex
@@ -111,7 +60,7 @@ class ModalityRule(_Declared):
     """The same in the words of the reference implementation, where they differ."""
 
 
-class Exclusion(_Declared):
+class Exclusion(Declared):
     """Images that are left out by name: they get a catalog row with the reason `declared`."""
 
     match: Regex
@@ -119,10 +68,10 @@ class Exclusion(_Declared):
     reason: Text
 
 
-class Table(_Declared):
+class Table(Declared):
     """A CSV file that comes with the dataset and lists one folder a row, as TCIA's metadata.csv does."""
 
-    files: Annotated[tuple[Glob, ...], AfterValidator(_not_empty)]
+    files: Annotated[tuple[Glob, ...], AfterValidator(not_empty)]
     """Globs of the CSV files; several files are read as one table."""
     folder_column: Text
     """Column with the folder of a series, relative to the folder of the CSV file."""
@@ -134,7 +83,7 @@ def _constant_as_rule(modality: Any) -> Any:
     return [{"match": "", "modality": modality}] if isinstance(modality, str) else modality
 
 
-class ImageGroup(_Declared):
+class ImageGroup(Declared):
     """Files of one dataset that are found and described by the same rule."""
 
     globs: tuple[Glob, ...] = ()
@@ -150,9 +99,7 @@ class ImageGroup(_Declared):
     """Template of the key, such as `{patient}-{study}`."""
     subject: Text | None = None
     """Template of the subject; without it every image counts as a person of its own."""
-    modality: Annotated[
-        tuple[ModalityRule, ...], BeforeValidator(_constant_as_rule), AfterValidator(_not_empty)
-    ]
+    modality: Annotated[tuple[ModalityRule, ...], BeforeValidator(_constant_as_rule), AfterValidator(not_empty)]
     """A constant, or rules on the path. A path that no rule matches is an error."""
     upstream_modality: Text | None = None
     """For all images whose rule names none; by default the modality itself."""
@@ -186,17 +133,17 @@ def _check_template(name: str, template: str, groups: list[str]) -> None:
 
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
-Folder = Annotated[str, AfterValidator(_checked_relative)]
+Folder = Annotated[str, AfterValidator(checked_relative)]
 
 
-class DatasetSpec(_Declared):
+class DatasetSpec(Declared):
     """One entry of datasets.yaml."""
 
     id: Identifier
     title: Text
     folder: Folder
     """Published name: how the folder is called where the id is not used. May have several levels."""
-    images: Annotated[tuple[ImageGroup, ...], AfterValidator(_not_empty)]
+    images: Annotated[tuple[ImageGroup, ...], AfterValidator(not_empty)]
     ignore: tuple[Regex, ...] = ()
     """Searched in the path: files that a glob matches but that are no images (labels, masks)."""
     exclusions: tuple[Exclusion, ...] = ()

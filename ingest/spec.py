@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -22,6 +22,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from catalog.errors import SetupError
+from ingest.citation import Citation
 from ingest.declared import Declared, Regex, Text, checked_relative, not_empty, path_parts
 from ingest.source import DepthAxis, Format
 
@@ -48,13 +49,16 @@ def checked_modality(modality: str) -> str:
 
 Glob = Annotated[str, AfterValidator(_checked_glob)]
 Modality = Annotated[str, AfterValidator(checked_modality)]
+FieldName = Annotated[str, Field(pattern=r"^[a-z_]+$")]
 
 
 class ModalityRule(Declared):
-    """Modality of the files whose path matches."""
+    """Modality of the files whose path, or one field of it, matches."""
 
     match: Regex
     """Searched in the path; the first rule that matches decides."""
+    field: Text | None = None
+    """Search in this named group of `path`, or in this of the table's `columns`, instead of the whole path."""
     modality: Modality
     upstream_modality: Text | None = None
     """The same in the words of the reference implementation, where they differ."""
@@ -65,6 +69,8 @@ class Exclusion(Declared):
 
     match: Regex
     """Searched in the path."""
+    field: Text | None = None
+    """As in a modality rule. Images of a group without the field are not affected."""
     reason: Text
 
 
@@ -75,8 +81,25 @@ class Table(Declared):
     """Globs of the CSV files; several files are read as one table."""
     folder_column: Text
     """Column with the folder of a series, relative to the folder of the CSV file."""
-    where: dict[Text, str] = {}
-    """Column to value: only rows that have all these values. Case and outer blanks are ignored."""
+    where: Mapping[Text, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Column to value, or to several: only rows that have one of them, in every column named. Case and outer
+    blanks are ignored."""
+    columns: Mapping[FieldName, Text] = Field(default_factory=dict)
+    """Name to column: cells that templates and rules use beside the named groups of `path`."""
+    unique: Text | None = None
+    """Column whose values name a series once: of several rows with one value, the last counts."""
+
+
+class ChannelNames(Declared):
+    """A dataset.json, as the Decathlon and nnU-Net have it, names what the volumes of a 4-D file are.
+
+    Its `modality` (or `channel_names`) maps the position of a volume, from "0" on, to a name. A file with one
+    channel is an ordinary 3-D file.
+    """
+
+    file: Glob
+    names: Mapping[Text, Modality]
+    """Name in dataset.json, in any case, to modality here."""
 
 
 def _constant_as_rule(modality: Any) -> Any:
@@ -99,67 +122,136 @@ class ImageGroup(Declared):
     """Template of the key, such as `{patient}-{study}`."""
     subject: Text | None = None
     """Template of the subject; without it every image counts as a person of its own."""
-    modality: Annotated[tuple[ModalityRule, ...], BeforeValidator(_constant_as_rule), AfterValidator(not_empty)]
+    modality: Annotated[tuple[ModalityRule, ...], BeforeValidator(_constant_as_rule)] = ()
     """A constant, or rules on the path. A path that no rule matches is an error."""
+    volumes: tuple[Modality, ...] = ()
+    """Instead of `modality`: those of the volumes of a 4-D file, in their order. A file with more or fewer is
+    excluded."""
+    channels: ChannelNames | None = None
+    """Instead of `modality`: what the dataset's own dataset.json says of the volumes of each file."""
     upstream_modality: Text | None = None
     """For all images whose rule names none; by default the modality itself."""
     body_parts: tuple[Text, ...] = ()
     depth_axis: DepthAxis | None = None
     """How the images were scanned, if the dataset's official description says so."""
-    share_weight: bool = False
-    """The n volumes of a 4-D file share its weight: (2n - 1) / n^2 of it each."""
+    share_weight: bool | Literal["after-first"] = False
+    """The n volumes of a 4-D file share its weight: (2n - 1) / n^2 of it each. `after-first`: the first, as the
+    b = 0 image of a diffusion series, keeps the whole weight, and the others share it."""
+    share_among: Text | None = None
+    """Template: the n files of this group that it gives one value share the weight, (2n - 1) / n^2 each, as the
+    volumes of one file do with `share_weight`."""
+
+    @property
+    def modalities(self) -> list[str]:
+        """All modalities the rules can give, in their order."""
+        named = self.channels.names.values() if self.channels is not None else ()
+        return _distinct([*(rule.modality for rule in self.modality), *self.volumes, *named])
+
+    @property
+    def fields(self) -> list[str]:
+        """Names that templates and rules may use."""
+        return [*re.compile(self.path).groupindex, *(self.table.columns if self.table is not None else ())]
 
     @model_validator(mode="after")
     def _consistent(self) -> ImageGroup:
         if bool(self.globs) == (self.table is not None):
             raise ValueError("needs either `globs` or `table`")
+        if bool(self.modality) + bool(self.volumes) + (self.channels is not None) != 1:
+            raise ValueError("needs one of `modality`, `volumes` and `channels`")
         if self.format != "dicom" and any(glob.endswith("/") for glob in self.globs):
             raise ValueError("a glob that ends in a slash names folders: only format 'dicom' has them")
-        groups = list(re.compile(self.path).groupindex)
-        for name in ("key", "subject"):
-            _check_template(name, getattr(self, name) or "", groups)
+        if len(set(self.fields)) != len(self.fields):
+            raise ValueError("a named group of `path` and one of the table's `columns` have the same name")
+        for name in ("key", "subject", "share_among"):
+            _check_template(name, getattr(self, name) or "", self.fields)
+        for rule in self.modality:
+            if rule.field is not None and rule.field not in self.fields:
+                raise ValueError(f"`modality` uses the field {rule.field!r}; {_allowed(self.fields)}")
         return self
 
 
-def _check_template(name: str, template: str, groups: list[str]) -> None:
+def _check_template(name: str, template: str, fields: list[str]) -> None:
     try:
-        fields = list(string.Formatter().parse(template))
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"{name} {template!r} is no template: {error}") from error
-    for _, group, form, conversion in fields:
-        if group is not None and (group not in groups or form or conversion):
-            allowed = ", ".join(f"{{{known}}}" for known in groups) or "none, `path` has no named group"
-            raise ValueError(f"{name} {template!r} uses {{{group}}}; allowed: {allowed}")
+    for _, field, form, conversion in parts:
+        if field is not None and (field not in fields or form or conversion):
+            raise ValueError(f"{name} {template!r} uses {{{field}}}; {_allowed(fields)}")
 
 
-Identifier = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+def _allowed(fields: list[str]) -> str:
+    names = ", ".join(f"{{{known}}}" for known in fields)
+    return f"allowed: {names or 'none, `path` has no named group'}"
+
+
+DatasetId = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Folder = Annotated[str, AfterValidator(checked_relative)]
+
+
+class Part(Declared):
+    """A split or an archive of a dataset, which may be missing on disk."""
+
+    name: Text
+    match: Regex
+    """Searched in the path of an image: does it belong to this part?"""
+    images: Annotated[int, Field(gt=0)] | None = None
+    """Number of files or series in this part, as published."""
+
+
+class Published(Declared):
+    """How large the dataset is according to its publisher. Null is unknown."""
+
+    images: Annotated[int, Field(gt=0)] | None = None
+    """Number of files or series that ingest should find."""
+    subjects: Annotated[int, Field(gt=0)] | None = None
+    gigabytes: Annotated[float, Field(gt=0)] | None = None
+    """Size on disk after unpacking, in 10^9 bytes."""
+    parts: tuple[Part, ...] = ()
+    note: Text | None = None
+    """What the numbers count, and what is uncertain about them."""
 
 
 class DatasetSpec(Declared):
     """One entry of datasets.yaml."""
 
-    id: Identifier
+    id: DatasetId
     title: Text
     folder: Folder
     """Published name: how the folder is called where the id is not used. May have several levels."""
     images: Annotated[tuple[ImageGroup, ...], AfterValidator(not_empty)]
     ignore: tuple[Regex, ...] = ()
-    """Searched in the path: files that a glob matches but that are no images (labels, masks)."""
+    """Searched in the path: files that are no images (labels, masks), whether a glob matches them or not."""
     exclusions: tuple[Exclusion, ...] = ()
+    one_copy: bool = False
+    """Of files with the same bytes only the first is an image: groups in their order, then globs in theirs,
+    then paths. The others are excluded as `duplicate`."""
     sampling_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the dataset: factor on the weight of each of its images."""
+    left_out: Text | None = None
+    """Why `--all` and the default mix leave this dataset out; it can still be asked for by name."""
+    published: Published = Published()
+    notes: tuple[Text, ...] = ()
+    """What a user should know of the dataset that no other field says."""
     licence: Text | None = None
     """As the publisher states it; null where none is stated."""
     access: Literal["open download", "account login", "registration", "included"] | None = None
     origin: Text | None = None
     """Where the publisher offers it."""
-    citation: tuple[Text, ...] = ()
+    citation: tuple[Citation, ...] = ()
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> DatasetSpec:
+        fields = _distinct(field for group in self.images for field in group.fields)
+        for rule in self.exclusions:
+            if rule.field is not None and rule.field not in fields:
+                raise ValueError(f"`exclusions` uses the field {rule.field!r}; {_allowed(fields)}")
+        return self
 
     @property
     def modalities(self) -> list[str]:
         """All modalities the rules can give, in their order."""
-        return _distinct(rule.modality for group in self.images for rule in group.modality)
+        return _distinct(modality for group in self.images for modality in group.modalities)
 
     @property
     def body_parts(self) -> list[str]:
@@ -181,7 +273,7 @@ class DatasetSpec(Declared):
         """
         shaping = self.model_dump(
             mode="json",
-            include={"id", "images", "exclusions", "sampling_weight"},
+            include={"id", "images", "exclusions", "one_copy", "sampling_weight"},
             exclude_defaults=True,
         )
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()

@@ -242,7 +242,7 @@ def test_an_installed_package_finds_its_own_copy(tmp_path: Path) -> None:
         for file in [
             "catalog/__init__.py",
             "catalog/errors.py",
-            *(f"ingest/{n}.py" for n in ("spec", "source")),
+            *(f"ingest/{n}.py" for n in ("spec", "source", "declared", "citation")),
         ]:
             wheel.write(REPOSITORY / file, file)
         wheel.write(REPOSITORY / "ingest/__init__.py", "ingest/__init__.py")

@@ -1,27 +1,34 @@
 """From the folder of a dataset to its images: the rules of datasets.yaml applied to paths.
 
-No file is opened but a dataset's own table; key, subject and modality come from the path alone. The result
-does not depend on the order in which the file system lists names, nor on locale, case or Unicode form.
+Key, subject and modality come from the path, or from a table that the dataset brings along. No other file is
+opened, unless the entry says that there are copies: then files of one size are compared. The result does not
+depend on the order in which the file system lists names, nor on locale, case or Unicode form.
 """
 
 from __future__ import annotations
 
 import csv
 import fnmatch
+import hashlib
+import json
 import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from glob import escape
 from pathlib import Path, PurePosixPath
 
 from catalog.errors import SetupError
-from ingest.source import ImageSource
-from ingest.spec import DatasetSpec, ImageGroup, Table
+from ingest.source import ImageSource, shared_weight
+from ingest.spec import ChannelNames, DatasetSpec, Exclusion, ImageGroup, ModalityRule, Table
 
 _log = logging.getLogger(__name__)
 
+_IF_WRONG = "If you know better, remove its line from `exclusions` in datasets.yaml."
 _VOLUME_KEY = re.compile(r"#\d{4,}$")
 """The ending that the volumes of one file get."""
 
@@ -55,60 +62,96 @@ def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
 def find_sources(spec: DatasetSpec, root: Path) -> list[ImageSource]:
     """All images of a dataset, sorted by key (by code point).
 
-    Nothing is left out silently: names that match `exclusions` come with `exclude`; a link that leads out of
-    `root`, or nowhere, is listed, and reading it fails with a reason. Absent folders are tolerated, for who
-    downloads a part ingests a part.
+    Nothing is left out silently: names that match `exclusions`, and copies, come with `exclude`; a link that
+    leads out of `root`, or nowhere, is listed, and reading it fails with a reason. Absent folders are
+    tolerated, for who downloads a part ingests a part.
 
     Raises:
-        SetupError: nothing found; a path that the rules cannot describe; two images with one key; a table that
-            is missing, malformed or lists a folder outside the dataset.
+        SetupError: nothing found; a path that the rules cannot describe; two images with one key; a table or
+            dataset.json that is missing or malformed; a table that lists a folder outside the dataset.
     """
     by_path: dict[str, ImageSource] = {}
     by_key: dict[str, ImageSource] = {}
+    sharing: dict[tuple[int, str], list[str]] = defaultdict(list)
     ignored = [re.compile(pattern, re.IGNORECASE) for pattern in spec.ignore]
     for number, group in enumerate(spec.images):
-        for path in sorted(_paths(spec, group, root)):
+        own = set[str]()
+        channels = _channels(spec, group.channels, root) if group.channels is not None else ()
+        for path, cells in _paths(spec, group, root):
             name = unicodedata.normalize("NFC", path)
-            if any(pattern.search(name) for pattern in ignored):
+            if path in own or any(pattern.search(name) for pattern in ignored):
                 continue
             if path in by_path:
                 raise SetupError(
                     f"{spec.id}: {path} is found by two of the `images` groups, the last [{number}]."
                 )
-            source = _source(spec, group, root, path, name)
+            fields = _fields(spec, group, path, name) | dict(cells)
+            source = _source(spec, group, root, path, name, fields, channels)
             other = by_key.setdefault(source.key, source)
             if other is not source:
                 raise SetupError(
                     f"{spec.id}: {other.path} and {path} both have the key {source.key!r}. If one is a copy, "
                     "move it away; else the `key` in datasets.yaml needs more of the path."
                 )
+            own.add(path)
             by_path[path] = source
-    if not by_key:
+            if group.share_among is not None:
+                sharing[number, group.share_among.format_map(fields)].append(path)
+    if not by_path:
         raise SetupError(f"{spec.id}: no image found in {root}. {_expected(spec)}")
-    return [by_key[key] for key in sorted(by_key)]
+    if spec.one_copy:
+        by_path |= {copy.path: copy for copy in _copies(by_path.values())}
+    for paths in sharing.values():
+        by_path |= {source.path: source for source in _sharing([by_path[path] for path in paths])}
+    return sorted(by_path.values(), key=lambda source: source.key)
 
 
-def _source(spec: DatasetSpec, group: ImageGroup, root: Path, path: str, name: str) -> ImageSource:
-    """Describe one path; `name` is its NFC form, which rules and keys go by."""
+def _fields(spec: DatasetSpec, group: ImageGroup, path: str, name: str) -> dict[str, str]:
+    """What the named groups of `path` say."""
     match = re.fullmatch(group.path, name, re.IGNORECASE)
     if match is None:
         raise SetupError(
             f"{spec.id}: {path} looks like an image, but does not match `path` {group.path!r}. If it does not "
             "belong to the dataset, move it away; else extend `path` or `ignore` in datasets.yaml."
         )
-    parts = match.groupdict(default="")
-    key = group.key.format_map(parts)
-    subject = key if group.subject is None else group.subject.format_map(parts)
-    if not key or not subject or _VOLUME_KEY.search(key) or not name.isprintable():
+    return match.groupdict(default="")
+
+
+def _source(
+    spec: DatasetSpec,
+    group: ImageGroup,
+    root: Path,
+    path: str,
+    name: str,
+    fields: Mapping[str, str],
+    channels: tuple[str, ...],
+) -> ImageSource:
+    """Describe one path.
+
+    Args:
+        name: its NFC form, which rules and keys go by.
+        fields: what templates and rules may use.
+        channels: modalities of the volumes of every file, if dataset.json names them.
+    """
+    key = group.key.format_map(fields)
+    subject = key if group.subject is None else group.subject.format_map(fields)
+    if not key or not subject or _VOLUME_KEY.search(key) or not f"{name}{key}{subject}".isprintable():
         raise SetupError(
             f"{spec.id}: {path!r} gives the key {key!r} and the subject {subject!r}. Neither may be empty, "
             "the key may not end in '#' and digits, and names must be printable Unicode. Rename the file."
         )
-    rule = next((rule for rule in group.modality if re.search(rule.match, name, re.IGNORECASE)), None)
-    if rule is None:
-        raise SetupError(f"{spec.id}: no `modality` rule in datasets.yaml matches {path}.")
-    excluded = (rule for rule in spec.exclusions if re.search(rule.match, name, re.IGNORECASE))
-    exclusion = next(excluded, None)
+    volumes = channels or group.volumes
+    rule = next((rule for rule in group.modality if _matches(rule, name, fields)), None)
+    upstream: str | None
+    if rule is not None:
+        modality, upstream = rule.modality, rule.upstream_modality or group.upstream_modality or rule.modality
+    elif volumes:
+        modality, upstream = volumes[0], group.upstream_modality
+    else:
+        raise SetupError(
+            f"{spec.id}: no `modality` rule in datasets.yaml matches {path}{_told(group, fields)}."
+        )
+    exclusion = next((rule for rule in spec.exclusions if _matches(rule, name, fields)), None)
     return ImageSource(
         dataset=spec.id,
         key=key,
@@ -117,21 +160,91 @@ def _source(spec: DatasetSpec, group: ImageGroup, root: Path, path: str, name: s
         root=root,
         format=group.format,
         dimension=group.dimension,
-        modality=rule.modality,
-        upstream_modality=rule.upstream_modality or group.upstream_modality or rule.modality,
+        modality=modality,
+        upstream_modality=upstream,
+        volume_modalities=volumes,
         body_part=group.body_parts,
         depth_axis=group.depth_axis,
         weight=spec.sampling_weight,
         share_weight=group.share_weight,
-        exclude=("declared", exclusion.reason) if exclusion else None,
+        exclude=("declared", f"{exclusion.reason}. {_IF_WRONG}") if exclusion else None,
     )
 
 
-def _paths(spec: DatasetSpec, group: ImageGroup, root: Path) -> set[str]:
-    """What the globs or the table of a group find, relative to the root."""
+def _matches(rule: ModalityRule | Exclusion, name: str, fields: Mapping[str, str]) -> bool:
+    text = name if rule.field is None else fields.get(rule.field)
+    return text is not None and re.search(rule.match, text, re.IGNORECASE) is not None
+
+
+def _told(group: ImageGroup, fields: Mapping[str, str]) -> str:
+    """The fields that the modality rules of a group look at, as ` (description 'AX')`."""
+    looked_at = dict.fromkeys(rule.field for rule in group.modality if rule.field is not None)
+    return f" ({', '.join(f'{field} {fields[field]!r}' for field in looked_at)})" if looked_at else ""
+
+
+def _copies(sources: Iterable[ImageSource]) -> Iterator[ImageSource]:
+    """Those sources whose file has the same bytes as an earlier one's, marked as excluded."""
+    by_size: dict[int, list[ImageSource]] = defaultdict(list)
+    for source in sources:
+        if source.exclude is None:
+            with suppress(OSError):  # reading it will tell why
+                by_size[source.file.stat().st_size].append(source)
+    for same_size in by_size.values():
+        first: dict[str, ImageSource] = {}
+        for source in same_size if len(same_size) > 1 else ():
+            with suppress(OSError), source.file.open("rb") as stream:
+                original = first.setdefault(hashlib.file_digest(stream, "sha256").hexdigest(), source)
+                if original is not source:
+                    why = f"it has the same bytes as {original.path}, which is kept."
+                    yield replace(source, exclude=("duplicate", why))
+
+
+def _sharing(sources: list[ImageSource]) -> list[ImageSource]:
+    """Files that share one weight, those that are left out not counted."""
+    count = sum(source.exclude is None for source in sources)
+    return [replace(source, weight=source.weight * shared_weight(max(count, 1))) for source in sources]
+
+
+def _channels(spec: DatasetSpec, channels: ChannelNames, root: Path) -> tuple[str, ...]:
+    """Modalities of the volumes of each file, as the dataset's dataset.json names them.
+
+    Raises:
+        SetupError: no such file, or one that cannot be read, has no names or one that the entry does not know.
+    """
+    files = sorted(_glob(root, channels.file))
+    if not files:
+        raise SetupError(
+            f"{spec.id}: {root} has no {channels.file}, which names the channels. {_expected(spec)}"
+        )
+    try:
+        told = json.loads(files[0].read_text(encoding="utf-8-sig"))
+        names = told.get("channel_names", told.get("modality"))
+        ordered = [str(names[str(position)]).strip() for position in range(len(names))]
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise SetupError(
+            f"{spec.id}: {files[0]} must be JSON with `modality` or `channel_names`, as in "
+            f'{{"modality": {{"0": "CT"}}}}. Take the original of the download. ({type(error).__name__})'
+        ) from error
+    known = {name.casefold(): modality for name, modality in channels.names.items()}
+    unknown = [name for name in ordered if name.casefold() not in known]
+    if unknown or not ordered:
+        problem = f"names the channel {unknown[0]!r}" if unknown else "names no channel"
+        raise SetupError(
+            f"{spec.id}: {files[0]} {problem}; known: {', '.join(channels.names)}. Extend `names` of "
+            "`channels` in datasets.yaml."
+        )
+    return tuple(known[name.casefold()] for name in ordered)
+
+
+def _paths(spec: DatasetSpec, group: ImageGroup, root: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """What the globs or the table of a group find, relative to the root, with cells of the table.
+
+    In the order of the globs, then by path; a path that several globs match comes several times.
+    """
     if group.table is not None:
-        return _listed(spec, group.table, root)
-    return {path.relative_to(root).as_posix() for glob in group.globs for path in _glob(root, glob)}
+        yield from sorted(_listed(spec, group.table, root).items())
+    for glob in group.globs:
+        yield from ((path, {}) for path in sorted(p.relative_to(root).as_posix() for p in _glob(root, glob)))
 
 
 def _glob(root: Path, glob: str) -> Iterator[Path]:
@@ -194,34 +307,49 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _listed(spec: DatasetSpec, table: Table, root: Path) -> set[str]:
-    """Folders that the rows of a dataset's table name and that are there."""
+def _listed(spec: DatasetSpec, table: Table, root: Path) -> dict[str, dict[str, str]]:
+    """Folders that the rows of a dataset's table name and that are there, each with its cells."""
     files = sorted({file for glob in table.files for file in _glob(root, glob)})
     if not files:
         raise SetupError(f"{spec.id}: {root} has no {' or '.join(table.files)}. {_expected(spec)}")
-    listed = {folder for file in files for folder in _rows(spec, table, root, file)}
-    present = {folder for folder in listed if (root / folder).is_dir()}
-    if present != listed:
-        _log.warning("%s: %d of %d listed series are not there.", spec.id, len(listed - present), len(listed))
+    listed: dict[str, dict[str, str]] = {}
+    folder_of: dict[str, str] = {}
+    for file in files:
+        for folder, cells, series in _rows(spec, table, root, file):
+            earlier = folder_of.get(series) if series else None
+            if earlier is not None:
+                listed.pop(earlier, None)
+            folder_of[series] = folder
+            listed[folder] = cells
+    present = {folder: cells for folder, cells in listed.items() if (root / folder).is_dir()}
+    if len(present) < len(listed):
+        missing = len(listed) - len(present)
+        _log.warning("%s: %d of %d listed series are not there.", spec.id, missing, len(listed))
     return present
 
 
-def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[str]:
-    """The folders that a table's wanted rows name, relative to the root."""
+def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Of a table's wanted rows: folder relative to the root, cells by name, what the series is known by."""
+    named = (table.folder_column, *table.where, *table.columns.values(), *filter(None, [table.unique]))
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             lines = csv.reader(stream)
             names = {name.strip().casefold(): index for index, name in enumerate(next(lines, []))}
-            for column in (table.folder_column, *table.where):
+            for column in named:
                 if column.casefold() not in names:
                     raise SetupError(
                         f"{spec.id}: {file} has no column {column!r}, only: {', '.join(names) or 'nothing'}."
                     )
-            wanted = {column.casefold(): value.casefold() for column, value in table.where.items()}
+            wanted = {
+                column.casefold(): {
+                    value.casefold() for value in ([values] if isinstance(values, str) else values)
+                }
+                for column, values in table.where.items()
+            }
             for row in filter(None, lines):
                 cells = row + [""] * (len(names) - len(row))
                 values = {name: cells[index].strip() for name, index in names.items()}
-                if any(values[column].casefold() != value for column, value in wanted.items()):
+                if any(values[column].casefold() not in allowed for column, allowed in wanted.items()):
                     continue
                 location = values[table.folder_column.casefold()]
                 folder = _inside(file.parent.relative_to(root), location)
@@ -230,7 +358,11 @@ def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[s
                         f"{spec.id}: {file}, line {lines.line_num}: {table.folder_column!r} must name a "
                         f"folder below that of the table, not {location!r}."
                     )
-                yield folder
+                yield (
+                    folder,
+                    {name: values[column.casefold()] for name, column in table.columns.items()},
+                    "" if table.unique is None else values[table.unique.casefold()],
+                )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SetupError(f"{spec.id}: {file} cannot be read as CSV: {error}.") from error
 

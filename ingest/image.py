@@ -102,7 +102,7 @@ def excluded_row(
         count: number of volumes of the file.
         volume: what the reader found, if it came that far.
     """
-    row = _described(source, image_key(source, index, count))
+    row = _described(source, index, count)
     row |= {
         "status": "excluded" if isinstance(outcome, ExcludedImage) else "failed",
         "reason": outcome.reason,
@@ -125,6 +125,9 @@ def image_key(source: ImageSource, index: int | None, count: int) -> str:
 
 
 def _normalise(volume: Volume, source: ImageSource, *, lossless: bool) -> Normalised:
+    if source.volume_modalities and len(source.volume_modalities) != volume.count:
+        expected = len(source.volume_modalities)
+        raise ExcludedImage("volume_count", f"{volume.count} volumes in the file instead of {expected}")
     layout = _layout(volume, source)
     values, slope, intercept, padding = _ascending(volume)
     is_8_bit_2d = volume.dimension == 2 and volume.voxels.dtype == np.uint8
@@ -153,7 +156,7 @@ def _normalise(volume: Volume, source: ImageSource, *, lossless: bool) -> Normal
     window_low, window_high = (stored.slope * value + stored.intercept for value in stored_window)
     channels, depth, height, width = stored.voxels.shape
     flags = (*volume.flags, *(("negative_slope",) if volume.slope < 0 else ()))
-    row = _described(source, image_key(source, volume.index, volume.count))
+    row = _described(source, volume.index, volume.count)
     row |= _original(volume) | _geometry(layout, flags) | _spacing(stored.spacing)
     row |= {
         "status": "ingested",
@@ -175,7 +178,7 @@ def _normalise(volume: Volume, source: ImageSource, *, lossless: bool) -> Normal
         "intensity_p99_5": real.p99_5,
         "crop_box": [end for bounds in box for end in bounds],
         "resize_factor": stored.resize_factor,
-        "sampling_weight": _sampling_weight(source, volume.count),
+        "sampling_weight": source.volume_weight(volume.index, volume.count),
     }
     preview = render_preview(stored.voxels, spacing=stored.spacing, window=stored_window, codes=layout.codes)
     return Normalised(voxels=stored.voxels, row=row, preview=preview)
@@ -239,14 +242,16 @@ def _store(
     )
 
 
-def _described(source: ImageSource, key: str) -> dict[str, Any]:
+def _described(source: ImageSource, index: int | None, count: int) -> dict[str, Any]:
     """A row with every column, filled with what the source tells."""
+    named = source.volume_modalities
+    modality = named[index] if index is not None and len(named) == count else source.modality
     return dict.fromkeys(_ROW_COLUMNS) | {
         "dataset": source.dataset,
-        "key": key,
+        "key": image_key(source, index, count),
         "subject": source.subject,
-        "modality": source.modality,
-        "upstream_modality": source.upstream_modality,
+        "modality": modality,
+        "upstream_modality": source.upstream_modality or modality,
         "body_part": list(source.body_part),
         "source_path": source.path,
         "normalisation_version": NORMALISATION_VERSION,
@@ -288,9 +293,3 @@ def _spacing(spacing: Spacing) -> dict[str, Any]:
     z, y, x = spacing
     da = None if z is None or y is None or x is None else degree_of_anisotropy((z, y, x))
     return {"spacing_z": z, "spacing_y": y, "spacing_x": x, "da": da, "da_level": da_level(da)}
-
-
-def _sampling_weight(source: ImageSource, count: int) -> float:
-    """Weight of the dataset, or for each of n volumes of a file that share one (2n - 1) / n^2 of it."""
-    shares = source.share_weight and count > 1
-    return source.weight * ((2 * count - 1) / count**2 if shares else 1.0)

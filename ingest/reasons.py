@@ -7,6 +7,7 @@ from __future__ import annotations
 
 EXCLUSIONS: dict[str, str] = {
     "declared": "datasets.yaml names the image as one to leave out, with the reason given there.",
+    "duplicate": "Another file of the dataset has the same bytes, and is kept.",
     "spacing_missing": "A 3-D file states no spacing.",
     "spacing_invalid": "A spacing is zero, negative, infinite or not a number.",
     "in_plane_spacing": "The in-plane spacings differ by more than 10 % and no other depth axis repairs it.",
@@ -24,6 +25,7 @@ EXCLUSIONS: dict[str, str] = {
     "empty_crop": "No voxel is above the crop threshold in all channels.",
     "not_finite": "Voxels are NaN or infinite.",
     "transparent": "The image has transparent pixels.",
+    "volume_count": "The file has not the number of volumes that datasets.yaml or dataset.json names.",
     "unsupported_layout": "More axes or channels than an image has here.",
 }
 """Reason codes of excluded images: the image is unfit by rule. No failure."""

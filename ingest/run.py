@@ -112,7 +112,8 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
         remove_leftovers(corpus.shards, dataset)
         subjects: dict[str, set[str]] = defaultdict(set)
         for source in plan.found:
-            subjects[source.modality].add(source.subject)
+            for modality in source.modalities:
+                subjects[modality].add(source.subject)
         held_out = hold_out(corpus, dataset, subjects)
 
         # Looked at again under the lock: a run that just ended, or was killed, may have done some of it.

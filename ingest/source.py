@@ -25,16 +25,37 @@ class ImageSource:
     format: Format
     dimension: Literal[2, 3]
     modality: str
-    upstream_modality: str
+    upstream_modality: str | None = None
+    """The same in the words of the reference implementation; null: of each volume its own modality."""
+    volume_modalities: tuple[str, ...] = ()
+    """Those of the volumes of a file, in order, where they differ or the dataset states how many there are."""
     body_part: tuple[str, ...] = ()
     depth_axis: DepthAxis | None = None
     """The official description of the dataset, if it says how images were scanned."""
     weight: float = 1.0
-    """Weight of the dataset; a file of n volumes gives each (2n - 1) / n^2 of it if `share_weight`."""
-    share_weight: bool = False
+    """Weight of the file: that of the dataset, or the share of it that the file has."""
+    share_weight: bool | Literal["after-first"] = False
+    """The n volumes of the file share its weight; `after-first`: all but the first do."""
     exclude: tuple[str, str] | None = None
     """(reason code, message) when datasets.yaml leaves this source out by name."""
 
     @property
     def file(self) -> Path:
         return self.root / self.path
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of all its images."""
+        return self.volume_modalities or (self.modality,)
+
+    def volume_weight(self, index: int, count: int) -> float:
+        """Sampling weight of one of the `count` volumes of the file."""
+        if not self.share_weight:
+            return self.weight
+        apart = self.share_weight == "after-first"
+        return self.weight if apart and index == 0 else self.weight * shared_weight(max(count - apart, 1))
+
+
+def shared_weight(count: int) -> float:
+    """Weight of each of `count` images that share one: together between 1 and 2 (paper: (2n - 1) / n^2)."""
+    return (2 * count - 1) / count**2

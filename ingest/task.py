@@ -131,11 +131,7 @@ def _images(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
     try:
         if source.exclude is not None:
             reason, why = source.exclude
-            raise ExcludedImage(
-                reason,
-                f"{source.dataset}/{source.key} ({source.path}): {why}. If you know better, remove its line "
-                "from `exclusions` in datasets.yaml.",
-            )
+            raise ExcludedImage(reason, f"{source.dataset}/{source.key} ({source.path}): {why}")
         count = 2  # only one of several is yielded as excluded; a single one is raised
         for position, volume in enumerate(read_volumes(source)):
             if isinstance(volume, ExcludedImage):

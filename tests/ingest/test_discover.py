@@ -65,7 +65,11 @@ def test_every_dataset_has_a_layout() -> None:
 
 
 def test_amos(raw: Path) -> None:
-    damaged = ("declared", "reported as damaged by a public reader of the later archives")
+    reason = "reported as damaged by a public reader of the later archives"
+    damaged = (
+        "declared",
+        f"{reason}. If you know better, remove its line from `exclusions` in datasets.yaml.",
+    )
     assert [(s.path, s.modality, s.upstream_modality, s.exclude) for s in found("amos", raw)] == [
         ("amos22/imagesTr/amos_0001.nii.gz", "CT", "CT", None),
         ("amos22/imagesTr/amos_0500.nii.gz", "CT", "CT", None),

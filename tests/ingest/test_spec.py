@@ -112,7 +112,15 @@ def test_entries_are_frozen() -> None:
     ("changed", "same_hash"),
     [
         (entry(title="Another title"), True),
-        (entry(licence="CC0", access="registration", origin="a shelf", citation=["Somebody"]), True),
+        (
+            entry(
+                licence="CC0",
+                access="registration",
+                origin="a shelf",
+                citation=[{"authors": "Body, Some", "title": "Scans", "year": 2020}],
+            ),
+            True,
+        ),
         (entry(ignore=["_seg"]), True),
         (entry(sampling_weight=1), True),
         (entry(sampling_weight=0.5), False),
@@ -155,7 +163,7 @@ def test_entry_hash_follows_what_shapes_the_result(
         (with_group(dimension=4), "images[0].dimension", "2 or 3, not 4"),
         (with_group(depth_axis="z"), "images[0].depth_axis", "'SI', 'AP' or 'LR', not 'z'"),
         (with_group(modality="MR"), "images[0].modality[0].modality", "'MR' must be one of CT, MRI, PET, XR"),
-        (with_group(modality=[]), "images[0].modality", "at least one"),
+        (with_group(modality=[]), "images[0]", "one of `modality`, `volumes` and `channels`"),
         (with_group(path="("), "images[0].path", "no regular expression"),
         (with_group(key="{case}"), "images[0]", "key '{case}' uses {case}; allowed: {patient}, {name}"),
         (with_group(key="{name.__class__}"), "images[0]", "allowed: {patient}, {name}"),

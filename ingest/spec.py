@@ -198,6 +198,10 @@ class Part(Declared):
     images: Annotated[int, Field(gt=0)] | None = None
     """Number of files or series in this part, as published."""
 
+    def covers(self, path: str) -> bool:
+        """Whether an image belongs to this part, by its path in Unicode NFC."""
+        return re.search(self.match, path, re.IGNORECASE) is not None
+
 
 class Published(Declared):
     """How large the dataset is according to its publisher. Null is unknown."""

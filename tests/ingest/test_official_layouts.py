@@ -1,4 +1,4 @@
-"""Every source of datasets.yaml in its official layout: what is found, and what the catalog says after ingest."""
+"""Every source of datasets.yaml in its official layout: what is found, and what the catalog then says."""
 
 from __future__ import annotations
 
@@ -13,16 +13,35 @@ import pytest
 from catalog.corpus import Corpus
 from catalog.query import load_catalog
 from ingest.discover import dataset_root, find_sources
+from ingest.source import ImageSource
 from ingest.spec import get_spec, load_specs
 from tests.commands import run
 from tests.layouts.official import Found, Release, described, load_release
 
 SOURCES = [dataset for dataset in load_specs() if dataset != "sample"]
 """`sample` is real in every checkout, with a test of its own."""
+WITHOUT_LABELS = {
+    "chexpert",
+    "ixi",
+    "kaggle-rdc",
+    "nctct",
+    "nih-chestxray",
+    "pelvixnet",
+    "prostate-diagnosis",
+    "prostate-mri",
+    "rsna-2020-ped",
+    "stoic",
+}
+"""Sources whose publishers label images by tables, or not at all: no image-like file beside them is a label."""
 
 
 def test_every_source_has_a_description_and_every_description_a_source() -> None:
     assert set(described()) == set(SOURCES)
+
+
+@pytest.mark.parametrize("dataset", SOURCES)
+def test_labels_lie_beside_the_images_of_a_source_that_has_them(dataset: str) -> None:
+    assert ("label" in load_release(dataset).beside.values()) == (dataset not in WITHOUT_LABELS)
 
 
 @pytest.mark.parametrize("dataset", SOURCES)
@@ -61,30 +80,35 @@ def found_as_described(dataset: str, release: Release, raw: Path, form: Any = "N
     folder = release.write(raw / unicodedata.normalize(form, spec.folder))
     root = dataset_root(spec, raw)
     assert root.samefile(folder)
-    found = {source.path: described_by(source) for source in find_sources(spec, root)}
-    expected = {path.removesuffix("/"): expected_of(file) for path, file in release.found.items()}
-    assert found == expected
-    beside = {path.removesuffix("/") for path in release.beside}
-    assert not beside & set(found)
+    sources = {source.path: source for source in find_sources(spec, root)}
+    files = {path.removesuffix("/"): file for path, file in release.found.items()}
+    assert sources.keys() == files.keys()
+    for path, file in files.items():
+        assert described_by(sources[path], file.volumes) == expected_of(file), path
 
 
-def described_by(source: Any) -> dict[str, Any]:
+def described_by(source: ImageSource, volumes: int) -> dict[str, Any]:
+    """What discovery says of one file of so many volumes, in the words of a description."""
+    modalities = source.volume_modalities or (source.modality,) * volumes
     return {
         "key": source.key,
         "subject": source.subject,
-        "modality": source.modality,
-        "upstream": source.upstream_modality,
+        "modality": modalities,
+        "upstream": tuple(source.upstream_modality or modality for modality in modalities),
+        "weight": [pytest.approx(source.volume_weight(index, volumes), rel=1e-3) for index in range(volumes)],
         "excluded": source.exclude and source.exclude[0],
     }
 
 
 def expected_of(file: Found) -> dict[str, Any]:
+    seen_at_discovery = file.excluded in ("declared", "duplicate")
     return {
         "key": file.key,
         "subject": file.subject,
-        "modality": file.modality,
-        "upstream": file.upstream or file.modality,
-        "excluded": file.excluded,
+        "modality": tuple(file.of_volume("modality", index) for index in range(file.volumes)),
+        "upstream": tuple(file.of_volume("upstream", index) for index in range(file.volumes)),
+        "weight": [file.of_volume("weight", index) for index in range(file.volumes)],
+        "excluded": file.excluded if seen_at_discovery else None,
     }
 
 

@@ -1,7 +1,7 @@
-"""The official layout of every source of datasets.yaml, described in `official/<id>.yaml` and written as tiny files.
+"""The official layout of every source of datasets.yaml: `official/<id>.yaml`, written as tiny files.
 
-A description says what discovery must find in a release, and what lies beside it in a real download and must not
-be found. How each file is made follows from its name and, where that does not tell, from its description.
+A description says what discovery must find in a release, and what lies beside it in a real download and must
+not be found. How each file is made follows from its name and, where that does not tell, from its description.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Found(Declared):
     """Final weight in the catalog; one for each volume where they differ."""
     volumes: Annotated[int, Field(ge=1)] = 1
     excluded: Text | None = None
-    """The reason code of the catalog row, which then is the file's only one."""
+    """The reason code of its catalog rows; a file that is left out by name, or as a copy, has one row."""
 
     shape: Annotated[tuple[int, ...], Field(min_length=3, max_length=4)] = (12, 11, 6)
     """Volume files, in the file's order of axes; the fourth number is that of its volumes."""
@@ -68,7 +68,7 @@ class Found(Declared):
     def _consistent(self) -> Found:
         if len(self.shape) == 4 and self.shape[3] != self.volumes and self.excluded is None:
             raise ValueError(f"`shape` has {self.shape[3]} volumes, `volumes` says {self.volumes}")
-        if self.excluded is not None and self.excluded not in (*EXCLUSIONS, "duplicate"):
+        if self.excluded is not None and self.excluded not in EXCLUSIONS:
             raise ValueError(f"`excluded` must be a reason code, not {self.excluded!r}")
         for name in ("modality", "upstream", "weight"):
             value = getattr(self, name)
@@ -78,21 +78,25 @@ class Found(Declared):
 
     def rows(self) -> list[dict[str, Any]]:
         """What the catalog must say of it: one row a volume, or a single one if it is excluded."""
-        if self.excluded is not None:
-            return [self._row(self.key, 0, "excluded", self.excluded)]
-        keys = [self.key] if self.volumes == 1 else [f"{self.key}#{n:04d}" for n in range(self.volumes)]
-        return [self._row(key, index, "ingested", None) for index, key in enumerate(keys)]
+        whole = self.volumes == 1 or self.excluded in ("declared", "duplicate")
+        keys = [self.key] if whole else [f"{self.key}#{index:04d}" for index in range(self.volumes)]
+        return [
+            {
+                "key": key,
+                "subject": self.subject,
+                "status": "ingested" if self.excluded is None else "excluded",
+                "reason": self.excluded,
+                "modality": self.of_volume("modality", index),
+                "upstream_modality": self.of_volume("upstream", index),
+                "sampling_weight": self.of_volume("weight", index),
+            }
+            for index, key in enumerate(keys)
+        ]
 
-    def _row(self, key: str, index: int, status: str, reason: str | None) -> dict[str, Any]:
-        return {
-            "key": key,
-            "subject": self.subject,
-            "status": status,
-            "reason": reason,
-            "modality": _of_volume(self.modality, index),
-            "upstream_modality": _of_volume(self.upstream or self.modality, index),
-            "sampling_weight": _of_volume(self.weight, index),
-        }
+    def of_volume(self, field: Literal["modality", "upstream", "weight"], index: int) -> Any:
+        """What the description says of one volume."""
+        value = self.upstream or self.modality if field == "upstream" else getattr(self, field)
+        return _of_volume(value, index)
 
 
 def _of_volume(value: Any, index: int) -> Any:
@@ -100,7 +104,7 @@ def _of_volume(value: Any, index: int) -> Any:
 
 
 class Release(Declared):
-    """A tiny release: paths are relative to the dataset's folder; one that ends in a slash is a DICOM series."""
+    """A tiny release: paths are relative to the dataset's folder; with a slash at the end, a DICOM series."""
 
     found: Annotated[Mapping[Text, Found], Field(min_length=1)]
     beside: Mapping[Text, Beside] = Field(default_factory=dict)

@@ -61,7 +61,9 @@ def write_itk(file: Path, voxels: Array, spacing: Sequence[float]) -> None:
     """Voxels (x, y, z) as MHA or NRRD."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.transpose(2, 1, 0)))
     image.SetSpacing([float(step) for step in spacing])
-    sitk.WriteImage(image, str(file), imageIO="NrrdImageIO" if file.suffix == ".nrrd" else "MetaImageIO")
+    lowered = file.with_suffix(file.suffix.lower())  # SimpleITK knows no other endings
+    sitk.WriteImage(image, str(lowered))
+    lowered.rename(file)
 
 
 def _colour(seed: int, size: Sequence[int]) -> Image.Image:
@@ -165,7 +167,11 @@ def _object(seed: int, number: int, modality: str, storage: str) -> Dataset:
 
 
 def _put_plane(
-    ds: Dataset, pixels: Array, orientation: Sequence[float], position: Sequence[float], spacing: Sequence[float]
+    ds: Dataset,
+    pixels: Array,
+    orientation: Sequence[float],
+    position: Sequence[float],
+    spacing: Sequence[float],
 ) -> None:
     ds.ImageOrientationPatient = list(orientation)
     ds.ImagePositionPatient = list(position)

@@ -53,42 +53,74 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 @data.command("list")
 def list_datasets(
-    raw: RawOption = Path("raw"), data_dir: DataOption = Path("data"), as_json: JsonOption = False
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    modality: Annotated[
+        str | None, typer.Option(help="Only datasets that have it: CT, MRI, MRI/T1 ...", show_default=False)
+    ] = None,
+    body_part: Annotated[
+        str | None, typer.Option(help="Only datasets that show it: chest, brain ...", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """List the datasets of datasets.yaml, shipped and own, and which of them are ingested."""
-    from rich.table import Table
+    """List the datasets of datasets.yaml, shipped and own, and which of them are ingested.
 
+    A wide terminal shows more columns; --json has them all.
+    """
     from catalog.corpus import Corpus
+    from ingest.show import chosen, list_as_json, list_table
     from ingest.spec import load_specs
 
     ingested = set(Corpus(data_dir).datasets())
-    specs = load_specs(raw=raw).values()
+    specs = chosen(load_specs(raw=raw).values(), modality, body_part)
     if as_json:
-        facts = {"id", "title", "folder", "licence", "access", "origin", "citation"}
-        derived = ("modalities", "body_parts", "dimensions", "formats")
-        _print_json(
-            [
-                spec.model_dump(mode="json", include=facts)
-                | {name: getattr(spec, name) for name in derived}
-                | {"ingested": spec.id in ingested}
-                for spec in specs
-            ]
-        )
-        return
-    columns = ("id", "title", "modalities", "dim", "formats", "licence", "access", "ingested")
-    table = Table(*columns, title="Datasets", title_justify="left")
-    for spec in specs:
-        table.add_row(
-            spec.id,
-            spec.title,
-            ", ".join(spec.modalities),
-            ", ".join(f"{dimension}-D" for dimension in spec.dimensions),
-            ", ".join(spec.formats),
-            spec.licence or "not stated",
-            spec.access or "unknown",
-            "yes" if spec.id in ingested else "",
-        )
-    _print(table)
+        _print_json(list_as_json(specs, ingested))
+    else:
+        _print(list_table(specs, ingested, _console().width))
+
+
+@data.command()
+def show(
+    dataset: Annotated[str, typer.Argument(metavar="ID", help="Id as `pumit-data list` shows it.")],
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show all that is known of a dataset: where to get it, how to lay it out, what to cite."""
+    from catalog.corpus import Corpus
+    from ingest.show import as_json as spec_as_json
+    from ingest.show import render
+    from ingest.spec import get_spec
+
+    spec = get_spec(dataset, raw)
+    ingested = spec.id in Corpus(data_dir).datasets()
+    _print_json(spec_as_json(spec, ingested)) if as_json else render(spec, ingested, _console())
+
+
+@data.command()
+def check(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
+    ],
+    raw: RawOption = Path("raw"),
+    as_json: JsonOption = False,
+) -> None:
+    """Compare folders on disk with what ingest expects, before it runs for hours.
+
+    Ends with 2 if something must be fixed: ingest would stop, or pass over images that lie in the wrong
+    place. A part that is missing, a count that differs, or a file too many is a warning.
+    """
+    from ingest.check import check_dataset, render
+    from ingest.spec import get_spec
+
+    checks = [check_dataset(get_spec(name, raw), raw) for name in dict.fromkeys(datasets)]
+    if as_json:
+        _print_json([checked.as_json() for checked in checks])
+    else:
+        for checked in checks:
+            render(checked, _console())
+    if not all(checked.fine for checked in checks):
+        raise typer.Exit(WRONG_CALL)
 
 
 @data.command()

@@ -330,6 +330,29 @@ def _listed(spec: DatasetSpec, table: Table, root: Path) -> dict[str, dict[str, 
 
 def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[tuple[str, dict[str, str], str]]:
     """Of a table's wanted rows: folder relative to the root, cells by name, what the series is known by."""
+    wanted = {
+        column.casefold(): {value.casefold() for value in ([values] if isinstance(values, str) else values)}
+        for column, values in table.where.items()
+    }
+    for number, values in _lines(spec, table, file):
+        if any(values[column].casefold() not in allowed for column, allowed in wanted.items()):
+            continue
+        location = values[table.folder_column.casefold()]
+        folder = _inside(file.parent.relative_to(root), location)
+        if folder is None:
+            raise SetupError(
+                f"{spec.id}: {file}, line {number}: {table.folder_column!r} must name a folder below that of "
+                f"the table, not {location!r}."
+            )
+        yield (
+            folder,
+            {name: values[column.casefold()] for name, column in table.columns.items()},
+            "" if table.unique is None else values[table.unique.casefold()],
+        )
+
+
+def _lines(spec: DatasetSpec, table: Table, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Each row of a table: the number of its line, and its cells by the column's name in lower case."""
     named = (table.folder_column, *table.where, *table.columns.values(), *filter(None, [table.unique]))
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
@@ -340,31 +363,27 @@ def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[t
                     raise SetupError(
                         f"{spec.id}: {file} has no column {column!r}, only: {', '.join(names) or 'nothing'}."
                     )
-            wanted = {
-                column.casefold(): {
-                    value.casefold() for value in ([values] if isinstance(values, str) else values)
-                }
-                for column, values in table.where.items()
-            }
             for row in filter(None, lines):
                 cells = row + [""] * (len(names) - len(row))
-                values = {name: cells[index].strip() for name, index in names.items()}
-                if any(values[column].casefold() not in allowed for column, allowed in wanted.items()):
-                    continue
-                location = values[table.folder_column.casefold()]
-                folder = _inside(file.parent.relative_to(root), location)
-                if folder is None:
-                    raise SetupError(
-                        f"{spec.id}: {file}, line {lines.line_num}: {table.folder_column!r} must name a "
-                        f"folder below that of the table, not {location!r}."
-                    )
-                yield (
-                    folder,
-                    {name: values[column.casefold()] for name, column in table.columns.items()},
-                    "" if table.unique is None else values[table.unique.casefold()],
-                )
+                yield lines.line_num, {name: cells[index].strip() for name, index in names.items()}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SetupError(f"{spec.id}: {file} cannot be read as CSV: {error}.") from error
+
+
+def listed_folders(spec: DatasetSpec, root: Path) -> set[str]:
+    """All folders that the tables of a dataset list, wanted or not, relative to the root.
+
+    Raises:
+        SetupError: a table is missing or malformed.
+    """
+    listed: set[str] = set()
+    for table in (group.table for group in spec.images if group.table is not None):
+        for file in {file for glob in table.files for file in _glob(root, glob)}:
+            for _, values in _lines(spec, table, file):
+                folder = _inside(file.parent.relative_to(root), values[table.folder_column.casefold()])
+                if folder is not None:
+                    listed.add(folder)
+    return listed
 
 
 def _inside(start: Path, location: str) -> str | None:

@@ -22,12 +22,13 @@ from ingest.reasons import ExcludedImage, FailedImage
 from ingest.source import Format, ImageSource
 from ingest.volume import Volume
 
-_SUFFIXES: dict[str, Format] = {
+SUFFIXES: dict[str, Format] = {
     **dict.fromkeys((".nii", ".nii.gz"), "nifti"),
     **dict.fromkeys((".dcm", ".dicom", ".ima"), "dicom"),
     **dict.fromkeys((".mha", ".mhd", ".nrrd", ".nhdr"), "itk"),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"), "raster"),
 }
+"""Formats by the ending of a name, in lower case."""
 _MAGIC: list[tuple[int, bytes, Format]] = [
     (128, b"DICM", "dicom"),
     (344, b"n+1\0", "nifti"),
@@ -151,12 +152,12 @@ def survey(folder: Path) -> Survey:
     Raises:
         SetupError: a folder cannot be listed.
     """
-    files, folders = _listing(folder)
+    files, folders = listing(folder)
     images: list[Glance] = []
     others: list[str] = []
     dicom: dict[str, list[str]] = defaultdict(list)
     for path in files:
-        kind = _format_or_none(folder / path)
+        kind = format_or_none(folder / path)
         if kind == "dicom":
             dicom[path.rpartition("/")[0]].append(path)
             continue
@@ -208,7 +209,7 @@ def series_folder(file: Path) -> Glance | None:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     except OSError as error:
         raise SetupError(f"Cannot list the folder {folder}: {error.strerror}.") from error
-    members = [name for name in names if not name.startswith(".") and _format_or_none(folder / name) == "dicom"]
+    members = [name for name in names if not name.startswith(".") and format_or_none(folder / name) == "dicom"]
     seen = _glance_dicom(folder, "", members) if len(members) > 1 else []
     return seen[0] if seen and seen[0].is_folder else None
 
@@ -230,7 +231,7 @@ def format_of(file: Path) -> Format | None:
     suffix = suffix_of(file.name).lower()
     if not suffix and start[:2] == b"\x08\x00" and len(start) > 132:
         return "dicom"  # a data set without preamble: it begins with group 0008
-    return _SUFFIXES.get(suffix)
+    return SUFFIXES.get(suffix)
 
 
 def suffix_of(name: str) -> str:
@@ -247,15 +248,23 @@ def stem_of(name: str) -> str:
     return name.removesuffix(suffix_of(name))
 
 
-def _format_or_none(file: Path) -> Format | None:
+def format_or_none(file: Path) -> Format | None:
+    """As `format_of`; of a file that cannot be opened, by its name alone."""
     try:
         return format_of(file)
     except SetupError:
-        return _SUFFIXES.get(suffix_of(file.name).lower())
+        return SUFFIXES.get(suffix_of(file.name).lower())
 
 
-def _listing(folder: Path) -> tuple[list[str], list[str]]:
-    """All files and all folders below a folder, sorted; links are followed, except in circles."""
+def listing(folder: Path) -> tuple[list[str], list[str]]:
+    """All files and all folders below a folder, hidden ones left out, in one walk.
+
+    Paths are relative, with forward slashes; the names of a folder are sorted. Links are followed, except in
+    circles.
+
+    Raises:
+        SetupError: a folder cannot be listed.
+    """
     files: list[str] = []
     folders: list[str] = []
 
@@ -270,10 +279,14 @@ def _listing(folder: Path) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith((".", "__MACOSX")):
                 continue
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                continue
+            if is_folder:
                 folders.append(prefix + entry.name)
                 visit(place / entry.name, f"{prefix}{entry.name}/", (*above, real))
-            elif entry.is_file():
+            elif is_file:
                 files.append(prefix + entry.name)
 
     visit(folder, "", ())

@@ -12,6 +12,7 @@ import pytest
 
 from catalog.corpus import Corpus
 from catalog.query import load_catalog
+from ingest.check import check_dataset
 from ingest.discover import dataset_root, find_sources
 from ingest.source import ImageSource
 from ingest.spec import get_spec, load_specs
@@ -72,6 +73,25 @@ def test_discovery_knows_names_in_either_unicode_form(dataset: str, tmp_path: Pa
     if all(name.isascii() for name in names):
         return  # both forms are one
     found_as_described(dataset, release.decomposed(), tmp_path, form="NFD")
+
+
+@pytest.mark.parametrize("dataset", SOURCES)
+def test_check_explains_every_file_and_sees_a_release_that_lies_too_deep(dataset: str, tmp_path: Path) -> None:
+    release, spec = load_release(dataset), get_spec(dataset)
+    folder = release.write(tmp_path / "raw" / spec.folder)
+    checked = check_dataset(spec, tmp_path / "raw")
+    assert checked.fine, checked
+    assert checked.found == len(release.found)
+    assert not {"unexpected", "copy"} & {finding.kind for finding in checked.findings}, checked
+
+    deeper = folder.rename(tmp_path / "release")
+    (folder / "download").mkdir(parents=True)
+    deeper.rename(folder / "download/release")
+    checked = check_dataset(spec, tmp_path / "raw")
+    if checked.found == len(release.found):
+        return  # its rules take any folder above
+    told = [finding.message for finding in checked.findings if finding.must_fix]
+    assert any("Move what is in download" in message for message in told), checked
 
 
 def found_as_described(dataset: str, release: Release, raw: Path, form: Any = "NFC") -> None:

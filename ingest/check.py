@@ -11,7 +11,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -227,7 +227,7 @@ class _Group:
 
 
 def _sorted_out(
-    paths: Iterable[str], layout: Layout, files: Container[str]
+    paths: Iterable[str], layout: Layout, files: Mapping[str, str]
 ) -> tuple[list[Finding], list[Finding]]:
     """Files that a move would bring to their place, and files that are simply not expected."""
     groups: dict[tuple[str, str], _Group] = defaultdict(_Group)
@@ -239,7 +239,7 @@ def _sorted_out(
     strays: list[Finding] = []
     for (folder, suffix), group in sorted(groups.items(), key=lambda item: (-item[1].count, item[0])):
         mended = layout.mend(group.examples[0])
-        if mended is not None:
+        if mended is not None and (mended[1] in files or not _far_fetched(mended[0], files)):
             move = _for_all(mended[0], group.folders)
             moves[move].count += group.count
             moves[move].examples += group.examples
@@ -260,6 +260,17 @@ def _sorted_out(
             )
         )
     return [_misplaced(move, group, at_their_place.get(move)) for move, group in moves.items()], strays
+
+
+def _far_fetched(move: Move, files: Iterable[str]) -> bool:
+    """Whether the folder that files would go to is there, and they are hardly what it lacks.
+
+    A logo beside `images/`, or a folder with thumbnails, would fit by name; it need not move for that.
+    """
+    loose = move.kind == "into" and move.source.rpartition("/")[2].startswith("*")
+    if move.kind != "rename" and not loose:
+        return False
+    return any(path.startswith(f"{move.target}/") for path in files)
 
 
 def _misplaced(move: Move, group: _Group, twin: str | None) -> Finding:

@@ -195,6 +195,15 @@ def test_labels_are_never_told_to_become_images(raw: Path) -> None:
     assert "masks/train/case*" in finding.message
 
 
+def test_a_folder_beside_the_images_is_not_told_to_be_renamed(raw: Path) -> None:
+    train = raw / "OwnCT/OwnCT_release/images/train"
+    (train / "case1").rename(train.parent / "case1")
+    shutil.copytree(train.parent / "case1", train.parent / "smaller/case1")
+    finding = only(checked(raw, 2), "unexpected")
+    assert "images/smaller/case*" in finding.message
+    assert not finding.must_fix
+
+
 def test_copies_are_told_apart_from_what_is_missing(raw: Path) -> None:
     root = raw / "OwnCT"
     shutil.copytree(root / "OwnCT_release/images", root / "backup/OwnCT_release/images")

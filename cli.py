@@ -107,8 +107,8 @@ def check(
 ) -> None:
     """Compare folders on disk with what ingest expects, before it runs for hours.
 
-    Ends with 2 if something must be fixed: ingest would stop, or pass over images that lie in the wrong
-    place. A part that is missing, a count that differs, or a file too many is a warning.
+    Ends with 2 if something must be fixed: ingest would stop, or pass over
+    images that are there. What is missing or too much is a warning.
     """
     from ingest.check import check_dataset, render
     from ingest.spec import get_spec

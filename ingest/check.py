@@ -99,7 +99,8 @@ def check_dataset(spec: DatasetSpec, raw: Path) -> FolderCheck:
     except SetupError as error:
         if not raw.is_dir():
             raise
-        message = " ".join(filter(None, [str(error), _elsewhere(spec, raw)]))
+        told = str(error).removeprefix(f"{spec.id}: ")
+        message = " ".join(filter(None, [told, _elsewhere(spec, raw)]))
         return FolderCheck(
             dataset=spec.id,
             folder=None,
@@ -350,7 +351,7 @@ def _parts(spec: DatasetSpec, found: Sequence[str]) -> Iterator[PartCount]:
 
 
 def _counts(spec: DatasetSpec, sources: Sequence[ImageSource], parts: Sequence[PartCount]) -> Iterator[Finding]:
-    """What differs from the published numbers; a missing part speaks for itself."""
+    """What differs from the published numbers; of the whole only where no part is to blame."""
     for part in parts:
         if part.found == 0:
             expected = f" It has {part.published} images." if part.published else ""
@@ -358,7 +359,7 @@ def _counts(spec: DatasetSpec, sources: Sequence[ImageSource], parts: Sequence[P
             yield Finding(kind="missing_part", must_fix=False, message=message)
         elif part.published is not None and part.found != part.published:
             yield _differs(f"The part {part.name} has", part.found, part.published, "images")
-    if all(part.found for part in parts):
+    if all(part.found and part.found == (part.published or part.found) for part in parts):
         subjects = len({source.subject for source in sources})
         numbers = [
             (len(sources), spec.published.images, "images"),

@@ -102,13 +102,16 @@ class Layout:
         """What is expected, as nested names; a leaf has no names below it.
 
         Every branch is enough by itself: an entry accepts several ways to unpack a release, and parts of it.
-        `<File Location>` stands for the folders that this column of a table names.
+        A leaf that ends in a slash is the folder of a DICOM series; `<File Location>/` stands for the folders
+        that this column of a table names.
         """
         root: dict[str, dict] = {}  # type: ignore[type-arg]
         for path in dict.fromkeys(self._expected()):
+            *folders, last = path.removesuffix("/").split("/")
             place = root
-            for part in path.removesuffix("/").split("/"):
-                place = place.setdefault(part, {})
+            for folder in folders:
+                place = place.setdefault(folder, {})
+            place.setdefault(f"{last}/" if path.endswith("/") else last, {})
         return root
 
     def _expected(self) -> Iterator[str]:
@@ -118,11 +121,13 @@ class Layout:
             if group.table is not None:
                 for file in group.table.files:
                     place = file.rpartition("/")[0]
-                    yield f"{place}/<{group.table.folder_column}>".removeprefix("/")
+                    yield f"{place}/<{group.table.folder_column}>/".removeprefix("/")
 
     def tops(self) -> list[str]:
         """Names that the dataset's folder may hold, as far as they are fixed."""
-        return [top for top in self.tree() if not any(character in top for character in "*?[<")]
+        return [
+            top.removesuffix("/") for top in self.tree() if not any(character in top for character in "*?[<")
+        ]
 
 
 def _companions(group: ImageGroup) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ _COLUMNS: list[tuple[int, str]] = [
     (0, "ingested"),
 ]
 """Columns of the list, each with the width in characters from which on it has room."""
+_WIDTH_WITH_SEQUENCES = 110
 
 
 def chosen(
@@ -85,7 +86,7 @@ def list_table(specs: Sequence[DatasetSpec], ingested: set[str], width: int) -> 
             "id": spec.id,
             "title": spec.title,
             "dim": _dimensions(spec),
-            "modalities": ", ".join(spec.modalities),
+            "modalities": _kinds(spec, with_sequences=width >= _WIDTH_WITH_SEQUENCES),
             "body parts": ", ".join(spec.body_parts),
             "formats": ", ".join(spec.formats),
             "licence": spec.licence or "not stated",
@@ -94,6 +95,18 @@ def list_table(specs: Sequence[DatasetSpec], ingested: set[str], width: int) -> 
         }
         table.add_row(*(Text(cells[name]) for name in shown))
     return table
+
+
+def _kinds(spec: DatasetSpec, *, with_sequences: bool) -> str:
+    """`CT, MRI (T1, T2)`, or the kinds alone."""
+    sequences: dict[str, list[str]] = {}
+    for modality in spec.modalities:
+        kind, _, sequence = modality.partition("/")
+        sequences.setdefault(kind, []).extend([sequence] if sequence else [])
+    told = {
+        kind: f" ({', '.join(names)})" if names and with_sequences else "" for kind, names in sequences.items()
+    }
+    return ", ".join(f"{kind}{names}" for kind, names in told.items())
 
 
 def _dimensions(spec: DatasetSpec) -> str:
@@ -146,7 +159,7 @@ def how_to_obtain(spec: DatasetSpec) -> list[tuple[str, str]]:
 def _facts(spec: DatasetSpec) -> list[tuple[str, str]]:
     facts = [
         ("dimension", _dimensions(spec)),
-        ("modalities", ", ".join(spec.modalities)),
+        ("modalities", _kinds(spec, with_sequences=True)),
         ("body parts", ", ".join(spec.body_parts)),
         ("formats", ", ".join(spec.formats)),
         ("sampling weight", f"{spec.sampling_weight:g}"),

@@ -23,6 +23,7 @@ def test_the_list_fits_the_terminal(width: int, tmp_path: Path) -> None:
     cells = [[cell.strip() for cell in line.split("│")] for line in lines if line.startswith("│")]
     assert [row[1] for row in cells if row[1]] == list(load_specs())
     assert ("title" in shown.stdout) == (width >= 150)
+    assert ("T2-FLAIR" in shown.stdout) == (width >= 110)
 
 
 def test_the_list_is_filtered_by_modality_and_body_part(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_show_tells_all_of_an_entry(dataset: str, tmp_path: Path) -> None:
     for told in (
         spec.id,
         spec.title,
-        *spec.modalities,
+        *spec.body_parts,
         *spec.notes,
         *(rule.reason for rule in spec.exclusions),
     ):
@@ -76,6 +77,8 @@ def test_show_draws_the_layout_and_says_where_to_get_it(tmp_path: Path) -> None:
     told = json.loads(run("pumit-data", "show", "amos", "--data", tmp_path, "--json").stdout)
     assert told["layout"] == {"amos22": {"images*": {"*.nii.gz": {}}}, "images*": {"*.nii.gz": {}}}
     assert told["ingested"] is False
+    assert "<File Location>/" in run("pumit-data", "show", "lidc-idri", "--data", tmp_path).stdout
+    assert "MRI (T1, T2" in run("pumit-data", "show", "sample", "--data", tmp_path).stdout
     wrong = run("pumit-data", "show", "amoss")
     assert wrong.returncode == 2
     assert "'amos'" in wrong.stderr

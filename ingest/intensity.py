@@ -427,8 +427,10 @@ def _outside(voxels: Voxels, box: Bounds) -> Iterator[Voxels]:
     """Six disjoint blocks that make up what `box` leaves out of `voxels`, some of them empty."""
     rest = voxels
     for axis, (start, stop) in enumerate(box, start=1):
-        before, rest, after = np.split(rest, (start, stop), axis=axis)
-        yield from (before, after)
+        whole = (slice(None),) * axis
+        yield rest[*whole, :start]
+        yield rest[*whole, stop:]
+        rest = rest[*whole, start:stop]
 
 
 def _bounds(occupied: npt.NDArray[np.bool_]) -> tuple[int, int]:

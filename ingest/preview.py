@@ -55,7 +55,7 @@ def upright_plane(voxels: Voxels, shown: tuple[int, int], codes: str | None) -> 
     down, across = shown
     hidden = 3 - down - across
     # Not by take(), which first copies an array that is not contiguous.
-    plane: Voxels = np.moveaxis(voxels, hidden + 1, 0)[voxels.shape[hidden + 1] // 2]
+    plane: Voxels = voxels[*(slice(None),) * (hidden + 1), voxels.shape[hidden + 1] // 2]
     if codes and _DOWN_BEFORE_ACROSS.index(codes[down]) > _DOWN_BEFORE_ACROSS.index(codes[across]):
         plane, down, across = plane.swapaxes(1, 2), across, down
     if codes and codes[down] == "S":

@@ -272,12 +272,14 @@ def _padding(value: Any, pixel_format: PixelFormat) -> int | None:
 def _b_value(look: _Lookup, dataset: Any) -> float | None:
     """Diffusion weighting in s/mm²: the standard's attribute, else those of Siemens, GE and Philips."""
     value = look("MRDiffusionSequence", "DiffusionBValue")
+    tags = dataset.keys()
+    groups = {tag.group for tag in tags}  # known first, for pydicom sorts all tags to look for one block
     for group, owner, element in (
         (0x0019, "SIEMENS MR HEADER", 0x0C),
         (0x0043, "GEMS_PARM_01", 0x39),
         (0x2001, "Philips Imaging DD 001", 0x03),
     ):
-        if value is None:
+        if value is None and group in groups:
             try:
                 value = dataset.private_block(group, owner)[element].value
             except KeyError:

@@ -319,7 +319,8 @@ def load_specs(path: Path | None = None, *, raw: Path | None = None) -> dict[str
         return specs
     for spec in _load(own, private_names=True).values():
         # An equal entry is no clash: a checkout may be the raw folder, for it holds the samples.
-        if specs.setdefault(spec.id, spec) != spec:
+        known = specs.setdefault(spec.id, spec)
+        if known != spec.model_copy(update={"private_names": known.private_names}):
             raise SetupError(
                 f"{own}: entry {spec.id!r}: a dataset that comes with PUMIT-data has this id. Choose another."
             )

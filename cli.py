@@ -138,18 +138,29 @@ def ingest(
     ] = None,
     only: Annotated[str | None, typer.Option(metavar="REGEX", help="Only images whose key matches.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many files or series each.")] = None,
+    names_key: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PUMIT_NAMES_KEY",
+            help="File with the key that turns private names into ids; by default made once, in private/.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Normalise images into shards and catalog. Repeat the call to go on, or to add new files."""
     from catalog.corpus import Corpus
+    from ingest.names import name_key
     from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
     from ingest.run import plan_ingest
     from ingest.spec import get_spec
 
     corpus = Corpus(data_dir)
     specs = [get_spec(name, raw) for name in dict.fromkeys(datasets)]
-    plans = [plan_ingest(spec, raw, corpus, only, limit) for spec in specs]
+    private = any(spec.private_names for spec in specs)
+    names = name_key(corpus, names_key, keep=not dry_run) if private else None
+    plans = [plan_ingest(spec, raw, corpus, only, limit, names) for spec in specs]
     if dry_run:
         _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
         return

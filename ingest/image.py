@@ -253,7 +253,7 @@ def _described(source: ImageSource, index: int | None, count: int) -> dict[str, 
         "modality": modality,
         "upstream_modality": source.upstream_modality or modality,
         "body_part": list(source.body_part),
-        "source_path": source.path,
+        "source_path": source.public_path,
         "normalisation_version": NORMALISATION_VERSION,
     }
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from catalog.corpus import Corpus
 from ingest.journal import Journal, Stamp
+from ingest.readers import name
 from ingest.reasons import ExcludedImage, FailedImage, full_message
 from ingest.source import ImageSource
 
@@ -51,7 +52,7 @@ def run_task(task: IngestTask) -> Counter[tuple[str, str]]:
     cannot be written (no space, no permission).
     """
     _use_one_thread()
-    stamps = {source.path: stamp_of(source) for source in task.sources}
+    stamps = {source.public_path: stamp_of(source) for source in task.sources}
     try:
         rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
     except OSError:
@@ -77,13 +78,13 @@ def record_lost_task(task: IngestTask) -> Counter[tuple[str, str]]:
             source,
             FailedImage(
                 "worker_lost",
-                f"{source.dataset}/{source.key} ({source.path}): every worker process that read it died, most "
+                f"{name(source)}: every worker process that read it died, most "
                 "likely for lack of memory. Try again with fewer --workers.",
             ),
         )
         for source in task.sources
     ]
-    return _record(task, rows, {source.path: stamp_of(source) for source in task.sources})
+    return _record(task, rows, {source.public_path: stamp_of(source) for source in task.sources})
 
 
 def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stamp]) -> Counter[tuple[str, str]]:
@@ -131,7 +132,7 @@ def _images(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
     try:
         if source.exclude is not None:
             reason, why = source.exclude
-            raise ExcludedImage(reason, f"{source.dataset}/{source.key} ({source.path}): {why}")
+            raise ExcludedImage(reason, f"{name(source)}: {why}")
         count = 2  # only one of several is yielded as excluded; a single one is raised
         for position, volume in enumerate(read_volumes(source)):
             if isinstance(volume, ExcludedImage):
@@ -152,7 +153,7 @@ def _failure(source: ImageSource, error: Exception) -> FailedImage:
     """The outcome of an image that met `error`. Its text may quote the file, so only its type is told."""
     if isinstance(error, FailedImage):
         return error
-    where = f"{source.dataset}/{source.key} ({source.path})"
+    where = name(source)
     if isinstance(error, MemoryError):
         return FailedImage("too_large", f"{where}: not enough memory. Use fewer --workers.")
     return FailedImage(
@@ -250,4 +251,4 @@ def _identity(task: IngestTask, rows: list[dict[str, Any]]) -> str:
 
 def task_name(source: ImageSource) -> str:
     """File-name-safe name of the task of a 3-D source."""
-    return "volume-" + hashlib.sha256(os.fsencode(source.path)).hexdigest()[:24]
+    return "volume-" + hashlib.sha256(os.fsencode(source.public_path)).hexdigest()[:24]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import math
+import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -118,12 +119,7 @@ def _write(array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.i
         sync(target.parent.parent)
     temporary = _temporary(target)
     try:
-        _encode(temporary, array, boxes)
-        for path in (temporary / METADATA_FILE, temporary / SHARD_FILE, temporary):
-            sync(path)
-        sizes = _complete(temporary, array)
-        if sizes is None:
-            raise OSError(f"{target}: the array just written to {temporary} does not read back")
+        sizes = _encode(temporary, array, boxes)
         try:
             temporary.rename(target)
         except OSError as error:
@@ -158,31 +154,45 @@ def _complete(target: Path, array: _Array) -> npt.NDArray[np.int64] | None:
     return sizes if any(found == metadata for metadata in known) else None
 
 
-def _encode(folder: Path, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> None:
-    """Write metadata and shard into a new `folder`.
+def _encode(folder: Path, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """Write metadata and shard into a new `folder`, forced to disk; returns the bytes of the inner chunks.
 
     Not by TensorStore, which holds all chunks of a shard, and their encoded bytes, before it writes the first.
     """
     metadata = array_metadata(array.shape, array.dtype, array.chunk, array.profile)
     try:
         folder.mkdir()
-        (folder / METADATA_FILE).write_text(json.dumps(metadata))
-        with (folder / SHARD_FILE).open("wb", buffering=_WRITE_BUFFER) as file:
-            _write_shard(file, array, boxes)
+        with _forced(folder / METADATA_FILE) as file:
+            file.write(json.dumps(metadata).encode())
+        with _forced(folder / SHARD_FILE) as file:
+            sizes = _write_shard(file, array, boxes)
+        sync(folder)
     except OSError as error:
         # A failed write, unlike a failed open, does not name its file.
         raise OSError(error.errno, error.strerror, str(folder)) from error
+    return sizes
 
 
-def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> None:
-    """Every inner chunk with its crc32c, then the index of (offset, bytes) and its own.
+@contextmanager
+def _forced(path: Path) -> Iterator[BinaryIO]:
+    """A new file that is on disk when it is closed."""
+    with path.open("wb", buffering=_WRITE_BUFFER) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """Every inner chunk with its crc32c, then the index of (offset, bytes) and its own; returns their bytes.
 
     Nothing is left out, so that a reader can tell a lost chunk from background.
     """
     import imagecodecs  # 50 ms that callers who write nothing need not pay
 
     codec: dict[str, Any] = PROFILES[array.profile]
-    index = np.empty((math.prod(chunk_grid(array.shape, array.chunk)), 2), "<u8")
+    grid = chunk_grid(array.shape, array.chunk)
+    index = np.empty((*grid, 2), "<u8")
+    entries = index.reshape(-1, 2)
     chunk = np.zeros(array.chunk, array.dtype.newbyteorder("<"))
     offset = 0
     for number, box in enumerate(boxes):
@@ -198,9 +208,11 @@ def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]
             typesize=array.dtype.itemsize,
             numthreads=1,
         )
-        index[number] = offset, _write_checked(file, bytes(encoded))
-        offset += int(index[number, 1])
+        written = _write_checked(file, bytes(encoded))
+        entries[number] = offset, written
+        offset += written
     _write_checked(file, index.tobytes())
+    return index[..., 1].astype(np.int64)
 
 
 def _write_checked(file: BinaryIO, data: bytes) -> int:

@@ -100,7 +100,8 @@ class Journal:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SetupError(
-                    f"{self.dataset}: another ingest into {self.corpus.root} is running. Wait for it to end."
+                    f"{self.dataset}: another ingest into {self.corpus.root}, or a `verify`, is running. "
+                    "Wait for it to end."
                 ) from error
             yield
 
@@ -149,6 +150,10 @@ class Journal:
         write_table(self._done_file, pa.Table.from_pylist(done, schema=_DONE_SCHEMA))
         for file in files:
             file.unlink()
+
+    def unmerged(self) -> int:
+        """Number of records that wait for a merge, which only a stopped run leaves."""
+        return sum(1 for _ in self._tasks.glob("[!.]*.parquet"))
 
     def done(self) -> dict[str, Done]:
         """Earlier results by source path."""

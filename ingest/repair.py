@@ -32,9 +32,10 @@ from catalog.manifest import (
     settle,
     surviving_digests,
 )
+from ingest.discover import dataset_root, find_sources
 from ingest.findings import Finding, Verification
 from ingest.journal import Journal
-from ingest.run import IngestPlan, IngestReport, plan_ingest
+from ingest.run import IngestPlan, IngestReport
 from ingest.source import ImageSource
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class _Mender:
         """
         with self._journal.lock():
             problems: list[str] = []
-            hurt = {self._corpus.root / finding.file for finding in findings if finding.kind != "stale"}
+            kinds = ("damaged", "missing", "unproven")
+            hurt = {self._corpus.root / finding.file for finding in findings if finding.kind in kinds}
             lost = {self._corpus.root / finding.file for finding in findings if _is_file_lost(finding)}
             if hurt & set(self._files()) or self._corpus.manifest_file(self._dataset) in hurt:
                 lost |= self._seal_what_is_proven()
@@ -165,6 +167,8 @@ class _Mender:
         return unproven
 
     def _digest_of_values(self, path: Path) -> str | None:
+        import pyarrow as pa
+
         from catalog.query import read_table
         from catalog.split import split_file
         from catalog.write import catalog_file, preview_file
@@ -174,7 +178,13 @@ class _Mender:
             table = read_table(path, remedy="")
         except SetupError:
             return None
-        return digest_when_written(forms[path](self._corpus, self._dataset, table))
+        # Parquet has a name of its own for the elements of a list.
+        fields = [
+            field.with_type(pa.list_(field.type.value_type)) if pa.types.is_list(field.type) else field
+            for field in table.schema
+        ]
+        as_written = table.cast(pa.schema(fields, metadata=table.schema.metadata))
+        return digest_when_written(forms[path](self._corpus, self._dataset, as_written))
 
     def _redraw(self) -> list[str]:
         from catalog.split import hold_out
@@ -210,11 +220,13 @@ class _Mender:
 
     def _remove_strays(self, findings: Iterable[Finding], referenced: set[str]) -> None:
         """Only below the dataset's shards, where nothing but arrays has a place; the rest is the user's."""
-        self._journal.remove_unreferenced_shards(referenced)
         for finding in findings:
             path = self._corpus.root / finding.file
-            if finding.kind == "stray" and finding.file.startswith("shards/") and path.exists():
+            inside_an_array = finding.file.startswith("shards/") and finding.file.count("/") == 3
+            # An array that no row named when it was looked at may have got one since, by the merge.
+            if finding.kind == "stray" and path.exists() and (inside_an_array or path.is_file()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._journal.remove_unreferenced_shards(referenced)
 
     def _with_hashes(self, table: pa.Table) -> pa.Table:
         """The catalog with the sha256 of arrays that were written before it was recorded, and are sound."""
@@ -300,7 +312,8 @@ class _Mender:
                 f"{self._dataset}: no datasets.yaml has this entry, so its images cannot be found. Give --raw "
                 "with the raw folder that holds it."
             )
-        return plan_ingest(self._spec, self._raw, self._corpus)
+        root = dataset_root(self._spec, self._raw)
+        return IngestPlan(self._spec, root, find_sources(self._spec, root), [], [])
 
     def _placement(self) -> pa.Table | None:
         """Which source lies in which array, if a damaged catalog can still tell."""

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
-from catalog.manifest import DamagedManifestError, accepted_digests, digest_of, surviving_digests
+from catalog.manifest import DamagedManifestError, accepted_digests, digest_of, read_manifest, surviving_digests
 from catalog.spacing import da_level, degree_of_anisotropy
 from ingest.findings import Amount, Finding, Kind, Verification
 from ingest.journal import Journal
@@ -150,12 +150,13 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
     from catalog.schema import CATALOG_SCHEMA
 
     corpus, dataset = work.corpus, work.dataset
-    _unfinished(work)
+    stopped = _unfinished(work)
     _stray_files(work)
     trusted = _published_files(work)
     catalog = corpus.catalog_file(dataset)
     if not catalog.is_file():
-        _stray_arrays(work, set())
+        if not stopped:
+            _stray_arrays(work, set())
         return
     if not trusted:
         work.outcome.notes.append(
@@ -171,7 +172,8 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
         return
     work.amount.rows += table.num_rows
     _stale_rows(work, table, specs)
-    _stray_arrays(work, set(table["shard_path"].to_pylist()))
+    if not stopped:
+        _stray_arrays(work, set(table["shard_path"].to_pylist()))
     for array, outcome in _checked(work, table):
         work.amount.arrays += 1
         work.read(outcome.size)
@@ -190,21 +192,26 @@ def _published_files(work: _Work) -> bool:
     """Compare the files of the manifest; returns whether the catalog may be believed."""
     corpus, dataset = work.corpus, work.dataset
     manifest = corpus.manifest_file(dataset)
+    files = (corpus.catalog_file(dataset), corpus.preview_file(dataset), corpus.split_file(dataset))
     surviving: set[str] = set()
     accepted: dict[str, set[str]] = {}
+    published: Collection[str] = ()
     try:
-        accepted = accepted_digests(corpus, dataset)
+        accepted, published = accepted_digests(corpus, dataset), read_manifest(manifest).keys()
     except DamagedManifestError:
         surviving = surviving_digests(manifest) | surviving_digests(corpus.next_manifest_file(dataset))
         work.found(manifest, "damaged", "it does not agree with its own checksum")
     else:
-        if not manifest.is_file() and not corpus.next_manifest_file(dataset).is_file():
+        if not manifest.is_file() and not accepted and any(path.is_file() for path in files):
             work.found(manifest, "missing", "nothing is recorded to compare the dataset's files with")
     trusted = True
-    for path in (corpus.catalog_file(dataset), corpus.preview_file(dataset), corpus.split_file(dataset)):
-        expected = accepted.get(path.relative_to(corpus.root).as_posix())
+    for path in files:
+        name = path.relative_to(corpus.root).as_posix()
+        expected = accepted.get(name)
         if not path.is_file():
-            if expected is not None or (not accepted and path == corpus.catalog_file(dataset)):
+            # What is only in the next manifest was never there, and a dataset begins with its split.
+            begun = not accepted and any(other.is_file() for other in (*files, manifest))
+            if name in published or (path == files[0] and begun and not manifest.is_file()):
                 work.found(path, "missing", "the file is missing")
             continue
         try:
@@ -222,15 +229,18 @@ def _published_files(work: _Work) -> bool:
     return trusted
 
 
-def _unfinished(work: _Work) -> None:
+def _unfinished(work: _Work) -> bool:
+    """Whether a stopped run has left something to finish; arrays that no row names may then be its."""
     corpus, dataset = work.corpus, work.dataset
     again = f"pumit-data ingest {dataset}: it goes on where it stopped"
     if corpus.next_manifest_file(dataset).is_file():
         path = corpus.next_manifest_file(dataset)
         work.found(path, "unfinished", "a run was stopped while it replaced files", again)
-    if tasks := Journal(corpus, dataset).unmerged():
+    tasks = Journal(corpus, dataset).unmerged()
+    if tasks:
         problem = f"a run was stopped: {tasks} of its tasks are done, and not in the catalog yet"
         work.found(corpus.catalog_file(dataset), "unfinished", problem, again)
+    return tasks > 0 or corpus.next_manifest_file(dataset).is_file()
 
 
 def _stale_rows(work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec]) -> None:
@@ -518,13 +528,13 @@ def _no_ingest(corpus: Corpus, dataset: str) -> Iterator[None]:
 
 @contextmanager
 def worker_pool(workers: int, *, processes: bool) -> Iterator[Executor]:
-    """Threads, for what reads and hashes, or processes, for what computes."""
+    """Threads, for what reads and hashes, or processes, for what computes; a single worker is a thread."""
     import multiprocessing
     import signal
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
     pool: Executor
-    if processes:
+    if processes and workers > 1:
         # TensorStore's threads do not survive a fork. Ctrl-C reaches the whole group, and one answer is enough.
         context = multiprocessing.get_context("spawn")
         ignore = (signal.SIGINT, signal.SIG_IGN)

@@ -105,7 +105,7 @@ def read_table(
         )
     except (FileNotFoundError, PermissionError):
         raise
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # as a flipped bit may have it
         raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
     for field in added:
         table = table.append_column(field, pa.nulls(table.num_rows, field.type))

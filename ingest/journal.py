@@ -197,7 +197,7 @@ class Journal:
             return
         for array in folder.iterdir():
             if f"{folder.name}/{array.name}" not in referenced:
-                shutil.rmtree(array)
+                shutil.rmtree(array) if array.is_dir() else array.unlink()
 
     @property
     def _tasks(self) -> Path:

@@ -107,11 +107,9 @@ class _Work:
     total: int
     progress: Progress
 
-    def found(
-        self, path: Path | str, kind: Kind, problem: str, remedy: str = "", keys: Iterable[str] = ()
-    ) -> None:
+    def found(self, path: Path, kind: Kind, problem: str, remedy: str = "", keys: Iterable[str] = ()) -> None:
         names = tuple(keys)
-        file = path if isinstance(path, str) else path.relative_to(self.corpus.root).as_posix()
+        file = path.relative_to(self.corpus.root).as_posix()
         default = f"pumit-data verify {self.dataset} --repair --raw ..."
         self.outcome.findings.append(
             Finding(self.dataset, file, kind, problem, remedy or default, len(names), names)

@@ -88,7 +88,7 @@ def test_a_manifest_of_a_later_version_is_refused(corpus: Corpus) -> None:
     path.write_bytes(
         head + b"# sha256 of the lines above: " + hashlib.sha256(head).hexdigest().encode() + b"\n"
     )
-    with pytest.raises(SetupError, match="version 2 of the manifest.*Install the version") as refused:
+    with pytest.raises(SetupError, match=r"version 2 of the manifest.*Install the version") as refused:
         read_manifest(path)
     assert not isinstance(refused.value, DamagedManifestError)
 
@@ -107,7 +107,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("renames", range(5))
 def test_stopped_before_any_rename(corpus: Corpus, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
-    """Next manifest, two files, manifest: whatever is replaced, each file is as one of the two manifests says."""
+    """Next manifest, two files, manifest: each file is always as one of the two manifests says."""
     before, left, replace = actual(corpus), renames, Path.replace
 
     def counted(path: Path, target: Path) -> Path:

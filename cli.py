@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ import typer
 from catalog.errors import SetupError
 
 if TYPE_CHECKING:
+    from ingest.findings import Finding, Verification
     from ingest.run import IngestPlan, IngestReport, Outcomes
 
 _WIDTH_OF_A_FILE = 140
@@ -167,6 +168,58 @@ def ingest(
     reports = _run_plans(plans, corpus, workers, scheduler)
     _print_json(reports_as_json(reports)) if as_json else render_reports(reports, _console())
     if any(status == "failed" for report in reports for status, _ in report.total):
+        raise typer.Exit(SOME_FAILED)
+
+
+@data.command()
+def verify(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
+    ] = None,
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also decode all voxels and compute their statistics anew.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make what is damaged anew, from the images in --raw.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads or processes; by default one per core.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that every row of the corpus has its voxels, shapes, checksums and statistics; exit code 1 if not.
+
+    The raw folder is needed for --repair, and for entries of your own in its datasets.yaml.
+    """
+    from catalog.corpus import Corpus
+    from ingest.findings import render_verification, verification_as_json
+    from ingest.repair import repair as mend
+    from ingest.spec import load_specs
+    from ingest.verify import verify as read_back
+
+    corpus, specs = Corpus(data_dir), load_specs(raw=raw)
+
+    def checked(chosen: list[str] | None) -> Verification:
+        with _byte_bar("verify") as progress:
+            return read_back(corpus, specs, chosen, deep=deep, workers=workers, progress=progress)
+
+    outcome = checked(datasets or None)
+    repaired: list[Finding] = []
+    problems: list[str] = []
+    if repair and outcome.findings:
+        problems = mend(
+            corpus, specs, raw, outcome, workers, lambda plans: _run_plans(plans, corpus, workers, None)
+        )
+        outcome, repaired = outcome.after_repair(checked)
+        outcome.notes += problems
+    if as_json:
+        _print_json(verification_as_json(outcome, repaired))
+    else:
+        render_verification(outcome, repaired, _console())
+    if outcome.findings or problems:
         raise typer.Exit(SOME_FAILED)
 
 
@@ -416,6 +469,21 @@ def _run_plans(
 
             reports.append(ingest_dataset(plan, corpus, client, show))
     return reports
+
+
+@contextmanager
+def _byte_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal; yields what to call with (bytes done, bytes in all)."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=_console(stderr=True)) as bars:
+        bar = bars.add_task(description, total=None)
+
+        def show(done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=max(done, total))
+
+        yield show
 
 
 @contextmanager

@@ -37,7 +37,15 @@ from ingest.volume import Volume, Voxels
 NORMALISATION_VERSION = 1
 """Raised whenever the same files would give other voxels or another row."""
 
-_KNOWN_LATER = {"split", "shard_path", "shard_shape", "shard_index", "stored_bytes", "entry_hash"}
+_KNOWN_LATER = {
+    "split",
+    "shard_path",
+    "shard_shape",
+    "shard_index",
+    "stored_bytes",
+    "shard_sha256",
+    "entry_hash",
+}
 _ROW_COLUMNS = [name for name in CATALOG_SCHEMA.names if name not in _KNOWN_LATER]
 
 Spacing = tuple[float | None, float | None, float | None]

@@ -109,12 +109,14 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     Raises:
         SetupError: the corpus cannot be written, or another ingest of the dataset is running.
     """
+    from catalog.manifest import settle
     from catalog.split import hold_out
     from shards.write import remove_leftovers
 
     dataset = plan.spec.id
     journal = Journal(corpus, dataset)
     with _explained(dataset, corpus), journal.lock():
+        settle(corpus, dataset)
         journal.merge()  # what a killed run left
         remove_leftovers(corpus.shards, dataset)
         subjects: dict[str, set[str]] = defaultdict(set)

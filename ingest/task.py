@@ -51,7 +51,7 @@ def run_task(task: IngestTask) -> Counter[tuple[str, str]]:
     An image that cannot be read or used becomes a row with its reason. Raises OSError only when the corpus
     cannot be written (no space, no permission).
     """
-    _use_one_thread()
+    use_one_thread()
     stamps = {source.public_path: stamp_of(source) for source in task.sources}
     try:
         rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
@@ -109,14 +109,14 @@ def stamp_of(source: ImageSource) -> Stamp:
 
 
 @functools.cache
-def _use_one_thread() -> None:
+def use_one_thread() -> None:
     """Workers are the parallelism; threads inside them would only fight for the cores."""
     import cv2
 
     cv2.setNumThreads(1)
 
 
-def _images(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
+def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
     """Each image of a source, normalised; or, for an unfit one, its finished row.
 
     Raises FailedImage, perhaps after some images: it speaks for the whole source, and none of them is to be
@@ -172,7 +172,7 @@ def _volume_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
     for source in task.sources:
         try:
             yield from [
-                image if isinstance(image, dict) else _write_volume(task, image) for image in _images(source)
+                image if isinstance(image, dict) else _write_volume(task, image) for image in images_of(source)
             ]
         except FailedImage as outcome:
             # Arrays already written have no row then, and are removed at the end of the run.
@@ -190,6 +190,7 @@ def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
         "shard_path": stored.path,
         "shard_shape": list(stored.shape),
         "stored_bytes": stored.stored_bytes[0],
+        "shard_sha256": stored.sha256,
     }
 
 
@@ -207,7 +208,7 @@ def _pack_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
 
     for source in task.sources:
         try:
-            images = list(_images(source))  # whole, for only then it is known to be good
+            images = list(images_of(source))  # whole, for only then it is known to be good
         except FailedImage as outcome:
             yield _failed_row(source, outcome)
             continue
@@ -238,6 +239,7 @@ def _write_pack(task: IngestTask, pack: str, images: list[Normalised]) -> Iterat
             "shard_shape": list(stored.shape),
             "shard_index": index,
             "stored_bytes": stored.stored_bytes[index],
+            "shard_sha256": stored.sha256,
         }
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -64,7 +64,7 @@ def list_datasets(
     ingested = set(Corpus(data_dir).datasets())
     specs = load_specs(raw=raw).values()
     if as_json:
-        facts = {"id", "title", "folder", "licence", "access", "origin", "citation"}
+        facts = {"id", "title", "folder", "licence", "access", "download", "citation"}
         derived = ("modalities", "body_parts", "dimensions", "formats")
         _print_json(
             [
@@ -85,10 +85,58 @@ def list_datasets(
             ", ".join(f"{dimension}-D" for dimension in spec.dimensions),
             ", ".join(spec.formats),
             spec.licence or "not stated",
-            spec.access or "unknown",
+            spec.access.kind if spec.access is not None else "unknown",
             "yes" if spec.id in ingested else "",
         )
     _print(table)
+
+
+@data.command()
+def download(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
+    ],
+    raw: RawOption = Path("raw"),
+    yes: Annotated[bool, typer.Option("--yes", help="Accept licences that restrict the use.")] = False,
+    keep_archives: Annotated[
+        bool, typer.Option("--keep-archives", help="Keep archives after unpacking, in RAW/archives.")
+    ] = False,
+) -> None:
+    """Fetch and unpack datasets that anybody may have; for the others, say how to get them.
+
+    Repeat the call to go on after an interruption. What is there already is left alone.
+    """
+    from ingest.download.notice import consent_question, notice, steps
+    from ingest.download.run import download_dataset, existing_download
+    from ingest.spec import get_spec
+
+    wanted, refused = [], False
+    for spec in [get_spec(name, raw) for name in dict.fromkeys(datasets)]:
+        if (existing := existing_download(spec, raw)) is not None:
+            whose = "complete" if existing.state == "complete" else "there, though not by this command"
+            _print(f"{spec.id}: {whose}, and left as it is: {existing.folder}")
+        elif spec.download is None:
+            _print(steps(spec, raw))
+            refused = True
+        else:
+            _print(notice(spec, raw))
+            if (question := consent_question(spec)) is not None and not yes:
+                if not sys.stdin.isatty():
+                    raise SetupError(f"{spec.id}: {question} Answer with --yes.")
+                if not typer.confirm(question):
+                    raise SetupError(f"{spec.id}: not downloaded.")
+            wanted.append(spec)
+    for spec in wanted:
+        raw.mkdir(parents=True, exist_ok=True)
+        with _bar_of_bytes(spec.id) as show:
+            report = download_dataset(spec, raw, show, keep_archives=keep_archives)
+        if report.problem is None:
+            _print(f"{spec.id}: {report.images} files or series in {report.folder}.")
+        else:
+            _print(f"{spec.id}: is in {report.folder}, but not as its entry expects. {report.problem}")
+            refused = True
+    if refused:
+        raise typer.Exit(WRONG_CALL)
 
 
 @data.command()
@@ -373,6 +421,35 @@ def _run_plans(
 
             reports.append(ingest_dataset(plan, corpus, client, show))
     return reports
+
+
+@contextmanager
+def _bar_of_bytes(name: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for a dataset that comes in many files."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[file]}"),
+    ]
+    with Progress(*columns, console=_console(stderr=True)) as bars:
+        bar = bars.add_task(name, total=None, file="")
+
+        def show(file: str, done: int, total: int | None) -> None:
+            bars.update(bar, completed=done, total=total, file=file)
+
+        yield show
 
 
 @contextmanager

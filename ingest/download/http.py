@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
+"""Bytes that a broken connection can cost at most."""
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 """HTTP states that another try may cure."""
 

@@ -92,6 +92,39 @@ def list_datasets(
 
 
 @data.command()
+def plan(
+    datasets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.", show_default=False),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All datasets but those that the default mix leaves out.")
+    ] = False,
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    as_json: JsonOption = False,
+) -> None:
+    """Say what datasets will take before anything is downloaded: disk, hours, licences and logins.
+
+    Figures are what is on disk, in the catalog or published; what nobody tells is shown as unknown.
+    """
+    from catalog.corpus import Corpus
+    from ingest.forecast import Speeds, forecast
+    from ingest.forecast import as_json as forecasts_as_json
+    from ingest.forecast_report import render
+    from ingest.spec import get_spec, load_specs
+
+    if bool(datasets) == everything:
+        raise SetupError("Name datasets, or ask for all of them with --all; see `pumit-data list`.")
+    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
+    if everything:
+        specs = [spec for spec in load_specs(raw=raw).values() if spec.left_out is None]
+    corpus, speeds = Corpus(data_dir), Speeds()
+    forecasts = [forecast(spec, raw, corpus, speeds) for spec in specs]
+    _print_json(forecasts_as_json(forecasts, speeds)) if as_json else render(forecasts, speeds, _console())
+
+
+@data.command()
 def download(
     datasets: Annotated[
         list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")

@@ -81,6 +81,9 @@ class Download(Declared):
     """`bucket/prefix` of a bucket that can be read without an account."""
     only: Regex | None = None
     """Of a record, article or bucket, only files whose name matches somewhere."""
+    modalities: tuple[Text, ...] = ()
+    """Of a collection, only series of these DICOM modalities (CT, MR): annotations can be many, and are of no
+    use here. Empty stands for all."""
     into: Folder | None = None
     """Folder inside the dataset's where files and archives go."""
     gigabytes: Annotated[float, Field(gt=0)] | None = None

@@ -88,23 +88,17 @@ def download_dataset(
     if (existing := existing_download(spec, raw)) is not None:
         return existing
     staging = Staging(raw, spec.id)
+    call = _Call(spec, spec.download, staging, hosts, http, progress, keep_archives)
     with _explained(spec, raw), staging.lock():
         if (existing := existing_download(spec, raw)) is not None:  # another call has just ended
             staging.remove()
             return existing
         target = next(iter(existing_roots(spec, raw)), raw / spec.folder)  # an empty folder is used
-        staging.begin(spec.download.model_dump(mode="json", exclude_defaults=True))
-        if spec.download.tcia is not None:
-            files = _fetch_collection(spec, spec.download.tcia, staging, hosts, http, progress)
-        else:
-            files = _fetch_files(spec, spec.download, staging, hosts, http, progress, keep_archives)
-        record = {
-            "dataset": spec.id,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "download": spec.download.model_dump(mode="json", exclude_defaults=True),
-            "files": files,
-        }
-        staging.publish(target, record)
+        recipe = spec.download.model_dump(mode="json", exclude_defaults=True)
+        staging.begin(recipe)
+        files = _fetch_collection(call, spec.download.tcia) if spec.download.tcia else _fetch_files(call)
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        staging.publish(target, {"dataset": spec.id, "finished": finished, "download": recipe, "files": files})
         if keep_archives and staging.archives.exists():
             (raw / "archives").mkdir(exist_ok=True)
             staging.archives.replace(raw / "archives" / spec.id)
@@ -116,59 +110,62 @@ def download_dataset(
     return DownloadReport(spec.id, "downloaded", target, images)
 
 
-def _fetch_files(
-    spec: DatasetSpec,
-    download: Download,
-    staging: Staging,
-    hosts: Hosts,
-    http: Http,
-    progress: Progress,
-    keep_archives: bool,
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Call:
+    """What all steps of one download share."""
+
+    spec: DatasetSpec
+    download: Download
+    staging: Staging
+    hosts: Hosts
+    http: Http
+    progress: Progress
+    keep_archives: bool
+
+
+def _fetch_files(call: _Call) -> list[dict[str, Any]]:
     """One file after the other, each unpacked before the next comes, so that archives do not pile up."""
-    files = list_files(download, hosts, http)
+    staging = call.staging
+    files = list_files(call.download, call.hosts, call.http)
     missing = [file for file in files if staging.note(file.name) is None]
-    _check_space(spec, files, missing, staging, keep_archives)
+    _check_space(call, files, missing)
     sizes = [file.size for file in files]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     here = 0
     for file in files:
         if file in missing:
-            _fetch_file(spec, file, staging, http, _adding(progress, here, total), keep_archives)
+            _fetch_file(call, file, _adding(call.progress, here, total))
         here += int(staging.note(file.name)["size"])
     return [{"name": file.name, "url": file.url, **staging.note(file.name)} for file in files]
 
 
-def _fetch_file(
-    spec: DatasetSpec, file: Remote, staging: Staging, http: Http, progress: Progress, keep_archives: bool
-) -> None:
+def _fetch_file(call: _Call, file: Remote, progress: Progress) -> None:
+    staging = call.staging
     arrived = staging.archives / file.name
-    http.fetch(file, arrived, progress)
+    call.http.fetch(file, arrived, progress)
     size = arrived.stat().st_size
     if file.unpack and is_archive(file.name):
-        with staging.unpacked(arrived, _unpack_limit(spec, size)) as folder:
+        with staging.unpacked(arrived, _unpack_limit(call.spec, size)) as folder:
             staging.move_in(folder, file.into)
-        if not keep_archives:
-            arrived.unlink()
     else:
         staging.move_in(arrived, file.into)
     staging.finish(file.name, {"size": size, "checksum": ":".join(file.checksum or ())})
+    if not call.keep_archives:
+        arrived.unlink(missing_ok=True)
 
 
-def _fetch_collection(
-    spec: DatasetSpec, collection: str, staging: Staging, hosts: Hosts, http: Http, progress: Progress
-) -> list[dict[str, Any]]:
-    series = list_series(collection, hosts, http)
-    missing = [item for item in series if staging.note(item["SeriesInstanceUID"]) is None]
+def _fetch_collection(call: _Call, collection: str) -> list[dict[str, Any]]:
+    series = list_series(collection, call.download.modalities, call.hosts, call.http)
+    missing = [item for item in series if call.staging.note(item["SeriesInstanceUID"]) is None]
     sizes = [series_bytes(item) for item in missing]
-    _check_free(spec, staging, sum(sizes) + max(sizes, default=0))
+    _check_free(call, sum(sizes) + max(sizes, default=0))
     total = sum(map(series_bytes, series)) or None
     here = 0
     for item in series:
-        limit = _unpack_limit(spec, 2 * series_bytes(item))
-        fetch_series(item, staging, hosts, http, limit, _adding(progress, here, total))
+        limit = _unpack_limit(call.spec, 2 * series_bytes(item))
+        fetch_series(item, call.staging, call.hosts, call.http, limit, _adding(call.progress, here, total))
         here += series_bytes(item)
-    write_metadata(series, staging)
+    write_metadata(series, call.staging)
     return [{"name": item["SeriesInstanceUID"], "size": series_bytes(item)} for item in series]
 
 
@@ -185,26 +182,23 @@ def _unpack_limit(spec: DatasetSpec, archive: int) -> int:
     return max(_EXPANSION * archive, _SMALL_ARCHIVE)
 
 
-def _check_space(
-    spec: DatasetSpec, files: list[Remote], missing: list[Remote], staging: Staging, keep_archives: bool
-) -> None:
+def _check_space(call: _Call, files: list[Remote], missing: list[Remote]) -> None:
     """Held against what will surely be needed: archives take at least their own size again when unpacked."""
     unpacked = sum(file.size or 0 for file in missing)
-    if spec.published.gigabytes is not None:
-        unpacked = max(unpacked, round(1e9 * spec.published.gigabytes * len(missing) / len(files)))
-    archives = [file for file in missing if file.unpack and is_archive(file.name)]
-    sizes = [file.size or 0 for file in archives]
-    arrived = sum(_arrived(staging.archives / file.name) for file in missing)
-    kept = sum(sizes) if keep_archives else max(sizes, default=0)
-    _check_free(spec, staging, unpacked + kept - arrived)
+    if call.spec.published.gigabytes is not None:
+        unpacked = max(unpacked, round(1e9 * call.spec.published.gigabytes * len(missing) / len(files)))
+    archives = [file.size or 0 for file in missing if file.unpack and is_archive(file.name)]
+    arrived = sum(_arrived(call.staging.archives / file.name) for file in missing)
+    kept = sum(archives) if call.keep_archives else max(archives, default=0)
+    _check_free(call, unpacked + kept - arrived)
 
 
-def _check_free(spec: DatasetSpec, staging: Staging, need: int) -> None:
-    free = shutil.disk_usage(staging.root).free
+def _check_free(call: _Call, need: int) -> None:
+    free = shutil.disk_usage(call.staging.root).free
     if need > free:
         raise SetupError(
-            f"{spec.id}: needs at least {need / 1e9:.3g} GB more, and {staging.root.parent.parent} has "
-            f"{free / 1e9:.3g} GB free. Free some space or choose another folder with --raw."
+            f"{call.spec.id}: needs at least {need / 1e9:.3g} GB more, and {free / 1e9:.3g} GB are free. Free "
+            "some space or choose another folder with --raw."
         )
 
 

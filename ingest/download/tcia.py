@@ -15,7 +15,7 @@ import csv
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,14 @@ _HASHES = "md5hashes.csv"
 _UID = re.compile(r"[0-9.]{1,64}")
 
 
-def list_series(collection: str, hosts: Hosts, http: Http) -> list[dict[str, Any]]:
-    """What the archive says of every series of a public collection, by patient and UID.
+def list_series(collection: str, modalities: Sequence[str], hosts: Hosts, http: Http) -> list[dict[str, Any]]:
+    """What the archive says of the series of a public collection, by patient and UID.
+
+    Args:
+        modalities: only series of these, or all if there are none.
 
     Raises:
-        SetupError: no answer, or no such public collection.
+        SetupError: no answer, no such public collection, or none of the modalities in it.
     """
     answer = http.json(f"{hosts.nbia}/getSeries", {"Collection": collection, "format": "json"})
     if not isinstance(answer, list) or not answer:
@@ -62,7 +65,12 @@ def list_series(collection: str, hosts: Hosts, http: Http) -> list[dict[str, Any
     for series in answer:
         if not isinstance(series, dict) or not _UID.fullmatch(str(series.get("SeriesInstanceUID", ""))):
             raise SetupError(f"{hosts.nbia} describes a series of {collection!r} without its UID.")
-    return sorted(answer, key=lambda series: (str(series.get("PatientID")), series["SeriesInstanceUID"]))
+    wanted = [one for one in answer if not modalities or one.get("Modality") in modalities]
+    if not wanted:
+        raise SetupError(
+            f"{hosts.nbia} lists no series of {collection!r} with modality {' or '.join(modalities)}."
+        )
+    return sorted(wanted, key=lambda series: (str(series.get("PatientID")), series["SeriesInstanceUID"]))
 
 
 def series_bytes(series: Mapping[str, Any]) -> int:

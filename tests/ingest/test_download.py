@@ -593,6 +593,16 @@ def test_a_collection_gets_the_retrievers_folders_and_table(
     assert source.subject == "B-002"
 
 
+def test_only_series_of_the_modalities_asked_for_are_fetched(web: Web, archive: Hosts, tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"download": {"tcia": "Brains", "modalities": ["MR"]}}
+    report = download(DatasetSpec.model_validate(TCIA.model_dump() | recipe), tmp_path, archive)
+    assert report.images == 1
+    assert len([request for request in web.requests if "getImage" in request.path]) == 1
+    recipe["download"]["modalities"] = ["XA"]
+    other = DatasetSpec.model_validate(TCIA.model_dump() | recipe)
+    assert "modality XA" in refused(other, tmp_path / "other", archive)
+
+
 def test_a_rerun_fetches_only_the_series_that_is_missing(web: Web, archive: Hosts, tmp_path: Path) -> None:
     first, second = (page for page in web.pages if "getImage" in page)
     web.pages[first].states = [404]

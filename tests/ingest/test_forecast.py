@@ -145,8 +145,8 @@ def test_the_command_before_and_after_an_ingest(tmp_path: Path, samples: Path) -
     assert thing["state"] == "ingested"
     assert thing["hours"]["value"] == 0
     assert thing["images"] == {"value": len(list(samples.glob("XR/*/chest.png"))), "source": "catalog"}
-    stored = json.loads(run("pumit-data", "stats", "--data", data, "--json").stdout)
-    assert thing["prepared_bytes"]["value"] == stored["total"]["stored_bytes"]
+    audit = json.loads(run("pumit-data", "stats", "--data", data, "--json").stdout)
+    assert thing["prepared_bytes"] == {"value": audit["totals"]["stored_bytes"], "source": "catalog"}
     assert thing["da_levels"] == {"5": thing["images"]["value"]}
 
     shutil.rmtree(raw / "Thing")

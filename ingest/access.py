@@ -81,6 +81,9 @@ class Download(Declared):
     """`bucket/prefix` of a bucket that can be read without an account."""
     only: Regex | None = None
     """Of a record, article or bucket, only files whose name matches somewhere."""
+    members: Regex | None = None
+    """Of archives, only files whose path in the archive matches somewhere: annotations may take far more room
+    than the images."""
     modalities: tuple[Text, ...] = ()
     """Of a collection, only series of these DICOM modalities (CT, MR): annotations can be many, and are of no
     use here. Empty stands for all."""

@@ -145,7 +145,8 @@ def _fetch_file(call: _Call, file: Remote, progress: Progress) -> None:
     call.http.fetch(file, arrived, progress)
     size = arrived.stat().st_size
     if file.unpack and is_archive(file.name):
-        with staging.unpacked(arrived, _unpack_limit(call.spec, size)) as folder:
+        limit = _unpack_limit(call.spec, size)
+        with staging.unpacked(arrived, limit, call.download.members) as folder:
             staging.move_in(folder, file.into)
     else:
         staging.move_in(arrived, file.into)

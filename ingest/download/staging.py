@@ -77,8 +77,8 @@ class Staging:
         half.replace(file)
 
     @contextmanager
-    def unpacked(self, archive: Path, limit: int) -> Iterator[Path]:
-        """A folder with what is in an archive, for as long as the context lasts.
+    def unpacked(self, archive: Path, limit: int, members: str | None = None) -> Iterator[Path]:
+        """A folder with what is in an archive, for as long as the context lasts. Arguments as of `unpack`.
 
         Raises:
             DamagedArchiveError: after the archive was deleted, so that the next call fetches it anew.
@@ -87,7 +87,7 @@ class Staging:
         shutil.rmtree(self._unpacking, ignore_errors=True)
         self._unpacking.mkdir()
         try:
-            unpack(archive, self._unpacking, limit)
+            unpack(archive, self._unpacking, limit, members)
             yield self._unpacking
         except DamagedArchiveError:
             archive.unlink()

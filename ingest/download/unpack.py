@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import lzma
+import re
 import shutil
 import stat
 import tarfile
@@ -34,13 +35,14 @@ def archive_stem(name: str) -> str:
     return name[: -len(ending)]
 
 
-def unpack(archive: Path, folder: Path, limit: int) -> None:
+def unpack(archive: Path, folder: Path, limit: int, members: str | None = None) -> None:
     """Unpack a zip or tar archive into an existing folder.
 
     Leftovers of a Mac (`__MACOSX`, `._x`) are left out; so are symbolic links of a zip.
 
     Args:
         limit: bytes that may come out.
+        members: regular expression; only files whose path in the archive matches somewhere, in any case.
 
     Raises:
         DamagedArchiveError: cut off, wrong checksum, or no archive.
@@ -50,16 +52,16 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
     """
     try:
         if archive.name.lower().endswith(".zip"):
-            _unzip(archive, folder, limit)
+            _unzip(archive, folder, limit, members or "")
         else:
-            _untar(archive, folder, limit)
+            _untar(archive, folder, limit, members or "")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DamagedArchiveError(f"{archive}: damaged or no archive ({error}). Repeat the command.") from error
 
 
-def _unzip(archive: Path, folder: Path, limit: int) -> None:
+def _unzip(archive: Path, folder: Path, limit: int, wanted: str) -> None:
     with zipfile.ZipFile(archive) as content:
-        members = [info for info in content.infolist() if not _is_debris(info.filename)]
+        members = [info for info in content.infolist() if _is_wanted(info.filename, wanted)]
         _check_limit(archive, sum(info.file_size for info in members), limit)
         for info in members:
             target = folder / _inside(archive, info.filename)
@@ -78,11 +80,11 @@ def _unzip(archive: Path, folder: Path, limit: int) -> None:
                 raise SetupError(f"{archive}: {info.filename} cannot be unpacked: {error}.") from error
 
 
-def _untar(archive: Path, folder: Path, limit: int) -> None:
+def _untar(archive: Path, folder: Path, limit: int, wanted: str) -> None:
     total = 0
     with tarfile.open(archive, mode="r|*") as content:
         for member in content:
-            if _is_debris(member.name):
+            if not _is_wanted(member.name, wanted):
                 continue
             total += member.size
             _check_limit(archive, total, limit)
@@ -107,6 +109,7 @@ def _inside(archive: Path, name: str) -> PurePosixPath:
     return path
 
 
-def _is_debris(name: str) -> bool:
+def _is_wanted(name: str, wanted: str) -> bool:
     path = PurePosixPath(name)
-    return "__MACOSX" in path.parts or path.name.startswith("._")
+    is_debris = "__MACOSX" in path.parts or path.name.startswith("._")
+    return not is_debris and re.search(wanted, name, re.IGNORECASE) is not None

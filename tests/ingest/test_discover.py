@@ -19,6 +19,8 @@ from ingest.source import ImageSource
 from ingest.spec import DatasetSpec, get_spec, load_specs
 from tests.layouts.releases import LAYOUTS, write_layout, write_tcia_table
 
+OFFICIAL = Path(__file__).resolve().parents[1] / "layouts" / "official"
+
 
 def spec_of(**group: Any) -> DatasetSpec:
     """An entry with one group of NIfTI files `<patient>/<name>.nii.gz`."""
@@ -61,7 +63,9 @@ def found(dataset: str, raw: Path) -> list[ImageSource]:
 
 
 def test_every_dataset_has_a_layout() -> None:
-    assert {*LAYOUTS, "sample"} == set(load_specs())
+    described = {file.stem for file in OFFICIAL.glob("*.yaml")}
+    assert {*described, "sample"} == set(load_specs())
+    assert {*LAYOUTS} <= described
 
 
 def test_amos(raw: Path) -> None:

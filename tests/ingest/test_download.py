@@ -261,6 +261,16 @@ def test_archives_are_kept_where_asked_for(web: Web, tmp_path: Path, pictures: d
     assert (tmp_path / "archives" / "thing" / "one.zip").read_bytes() == content
 
 
+@pytest.mark.parametrize("ending", ["zip", "tar.gz"])
+def test_only_wanted_members_of_an_archive_take_room(web: Web, tmp_path: Path, ending: str) -> None:
+    files = {"top/images/a.png": b"A", "top/masks/a.png": bytes(100_000_000)}
+    members = [(tarfile.TarInfo(name), content) for name, content in files.items()]
+    content = zipped(files) if ending == "zip" else tarred(*members)
+    spec = entry(files=[{"url": web.put(f"/one.{ending}", content)}], members="/IMAGES/")
+    report = download(spec, tmp_path)
+    assert files_below(report.folder) == [".pumit-download.json", "top/images/a.png"]
+
+
 def test_an_empty_folder_is_used_and_a_filled_one_left_alone(
     web: Web, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ingest.forecast import Figure, Forecast, Speeds, total
@@ -18,8 +18,8 @@ _MARKS = {"estimated": "~", "download": "≥ ", "published": "", "on disk": "", 
 
 def render(forecasts: Sequence[Forecast], speeds: Speeds, console: Console) -> None:
     """Print one line a dataset, the sums, the expected mix, and where the figures come from."""
-    columns = ("id", "now", "images", "raw", "prepared", "ingest", "licence", "how to get it")
-    table = Table(*columns, title="Plan", title_justify="left")
+    columns = ("now", "images", "raw", "prepared", "ingest", "licence", "how to get it")
+    table = Table(Column("id", no_wrap=True), *columns, title="Plan", title_justify="left")
     for one in forecasts:
         table.add_row(
             one.dataset,
@@ -59,7 +59,7 @@ def render(forecasts: Sequence[Forecast], speeds: Speeds, console: Console) -> N
         )
         console.print(
             f"~ is estimated from a generated image that was ingested just now: {measured} of processor time, "
-            f"on {speeds.workers} cores. Compressed DICOM takes up to ten times as long.",
+            f"on {speeds.workers} cores, without waiting for disks. Compressed DICOM takes up to ten times as long.",
             soft_wrap=True,
         )
     if any(one.raw_bytes is not None and one.raw_bytes.source == "download" for one in forecasts):

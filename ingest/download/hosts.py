@@ -42,7 +42,8 @@ def list_files(download: Download, hosts: Hosts, http: Http) -> list[Remote]:
         found = [_offered(file) for file in download.files]
     wanted = [file for file in found if re.search(download.only or "", file.name, re.IGNORECASE)]
     if not wanted:
-        raise SetupError(f"The host lists {len(found)} files, and none that `only` {download.only!r} wants.")
+        unwanted = f", and none that `only` {download.only!r} wants" if found else ""
+        raise SetupError(f"The host lists {len(found)} files{unwanted}.")
     names = [file.name for file in wanted]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -57,6 +57,8 @@ class Staging:
         file = self.root / "entry.json"
         text = json.dumps(entry, sort_keys=True)
         if not file.exists() or file.read_text(encoding="utf-8") != text:
+            if self.tree.exists():
+                _log.warning("%s: its `download` has changed; what came by the old one goes.", self.dataset)
             for folder in (self.archives, self.tree, self._done):
                 shutil.rmtree(folder, ignore_errors=True)
             file.write_text(text, encoding="utf-8")

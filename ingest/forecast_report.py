@@ -59,7 +59,8 @@ def render(forecasts: Sequence[Forecast], speeds: Speeds, console: Console) -> N
         )
         console.print(
             f"~ is estimated from a generated image that was ingested just now: {measured} of processor time, "
-            f"on {speeds.workers} cores, without waiting for disks. Compressed DICOM takes up to ten times as long.",
+            f"on {speeds.workers} cores, without waiting for disks. Compressed DICOM takes up to ten times as "
+            "long.",
             soft_wrap=True,
         )
     if any(one.raw_bytes is not None and one.raw_bytes.source == "download" for one in forecasts):

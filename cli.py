@@ -22,6 +22,7 @@ import typer
 from catalog.errors import SetupError
 
 if TYPE_CHECKING:
+    from ingest.findings import Finding, Verification
     from ingest.run import IngestPlan, IngestReport, Outcomes
 
 _WIDTH_OF_A_FILE = 140
@@ -161,7 +162,7 @@ def download(
             wanted.append(spec)
     for spec in wanted:
         raw.mkdir(parents=True, exist_ok=True)
-        with _bar_of_bytes(spec.id) as show:
+        with _byte_bar(spec.id) as show:
             report = download_dataset(spec, raw, show, keep_archives=keep_archives)
         if report.problem is None:
             _print(f"{spec.id}: {report.images} files or series in {report.folder}.")
@@ -187,24 +188,87 @@ def ingest(
     ] = None,
     only: Annotated[str | None, typer.Option(metavar="REGEX", help="Only images whose key matches.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many files or series each.")] = None,
+    names_key: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PUMIT_NAMES_KEY",
+            help="File with the key that turns private names into ids; by default made once, in private/.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Normalise images into shards and catalog. Repeat the call to go on, or to add new files."""
     from catalog.corpus import Corpus
+    from ingest.names import name_key
     from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
     from ingest.run import plan_ingest
     from ingest.spec import get_spec
 
     corpus = Corpus(data_dir)
     specs = [get_spec(name, raw) for name in dict.fromkeys(datasets)]
-    plans = [plan_ingest(spec, raw, corpus, only, limit) for spec in specs]
+    private = any(spec.private_names for spec in specs)
+    names = name_key(corpus, names_key, keep=not dry_run) if private else None
+    plans = [plan_ingest(spec, raw, corpus, only, limit, names) for spec in specs]
     if dry_run:
         _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
         return
     reports = _run_plans(plans, corpus, workers, scheduler)
     _print_json(reports_as_json(reports)) if as_json else render_reports(reports, _console())
     if any(status == "failed" for report in reports for status, _ in report.total):
+        raise typer.Exit(SOME_FAILED)
+
+
+@data.command()
+def verify(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
+    ] = None,
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also decode all voxels and compute their statistics anew.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make what is damaged anew, from the images in --raw.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads or processes; by default one per core.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that every row of the corpus has its voxels, shapes, checksums and statistics; exit code 1 if not.
+
+    The raw folder is needed for --repair, and for entries of your own in its datasets.yaml.
+    """
+    from catalog.corpus import Corpus
+    from ingest.findings import render_verification, verification_as_json
+    from ingest.repair import repair as mend
+    from ingest.spec import load_specs
+    from ingest.verify import verify as read_back
+
+    corpus, specs = Corpus(data_dir), load_specs(raw=raw)
+
+    def checked(chosen: list[str] | None) -> Verification:
+        with _byte_bar("verify") as progress:
+            return read_back(corpus, specs, chosen, deep=deep, workers=workers, progress=progress)
+
+    outcome = checked(datasets or None)
+    repaired: list[Finding] = []
+    problems: list[str] = []
+    if repair and outcome.findings:
+        problems = mend(
+            corpus, specs, raw, outcome, workers, lambda plans: _run_plans(plans, corpus, workers, None)
+        )
+        outcome, repaired = outcome.after_repair(checked)
+        outcome.notes += problems
+    if as_json:
+        _print_json(verification_as_json(outcome, repaired))
+    else:
+        render_verification(outcome, repaired, _console())
+    if outcome.findings or problems:
         raise typer.Exit(SOME_FAILED)
 
 
@@ -457,30 +521,16 @@ def _run_plans(
 
 
 @contextmanager
-def _bar_of_bytes(name: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar for a dataset that comes in many files."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+def _byte_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on the terminal; yields what to call with (bytes done, bytes in all or None)."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[file]}"),
-    ]
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=_console(stderr=True)) as bars:
-        bar = bars.add_task(name, total=None, file="")
+        bar = bars.add_task(description, total=None)
 
-        def show(file: str, done: int, total: int | None) -> None:
-            bars.update(bar, completed=done, total=total, file=file)
+        def show(done: int, total: int | None) -> None:
+            bars.update(bar, completed=done, total=None if total is None else max(done, total))
 
         yield show
 

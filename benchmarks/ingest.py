@@ -13,7 +13,7 @@
 All run interleaved in one process, pinned to one core, on the same files; figures are medians of CPU seconds.
 Peak memory is measured in fresh processes, above what imports and a first small image took.
 
-    python benchmarks/ingest.py [--quick] [--json FILE]
+    python benchmarks/ingest.py [--quick] [--case WORDS]... [--json FILE]
 
 Real images come from ../shared/data; a checkout without that folder measures fewer and smaller cases, from
 samples/.
@@ -476,6 +476,9 @@ def row(case: str, mine: float, peer: str, theirs: float, unit: str, goal: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller CT, two rounds instead of three")
+    parser.add_argument(
+        "--case", action="append", metavar="WORDS", help="only inputs whose title holds WORDS; may be repeated"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     prepare()
@@ -483,6 +486,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else None) as temporary:
         scratch = Path(temporary)
         cases = make_cases(scratch, options.quick)
+        if options.case:
+            cases = [case for case in cases if any(words in case.title for words in options.case)]
+        if not cases:
+            parser.error(f"no input has {' or '.join(options.case)} in its title")
         for case in cases:  # imports, page cache, and whether it works at all
             ours(case.source, Path(tempfile.mkdtemp(dir=scratch)))
         rows = list(speed_rows(cases, 2 if options.quick else 3, scratch))

@@ -27,6 +27,13 @@ class Corpus:
     def preview_file(self, dataset: str) -> Path:
         return self.root / "catalog" / f"dataset={dataset}" / "previews.parquet"
 
+    def manifest_file(self, dataset: str) -> Path:
+        return self.root / "catalog" / f"dataset={dataset}" / "manifest.sha256"
+
+    def next_manifest_file(self, dataset: str) -> Path:
+        """What the manifest is about to become, while files of the dataset are being replaced."""
+        return self.root / "catalog" / f"dataset={dataset}" / "manifest.next.sha256"
+
     def split_file(self, dataset: str) -> Path:
         return self.root / "splits" / f"{dataset}.parquet"
 

@@ -53,13 +53,22 @@ def load_catalog(
     tables = [
         read_table(
             corpus.catalog_file(dataset),
-            remedy=f"Restore it, or delete it and type `make ingest DATASET={dataset}`.",
+            remedy=remedy_of(dataset),
             columns=columns,
             conditions=conditions,
+            schema=CATALOG_SCHEMA,
         )
         for dataset in wanted
     ]
     return pa.concat_tables(tables or [CATALOG_SCHEMA.empty_table().select(columns or CATALOG_SCHEMA.names)])
+
+
+def remedy_of(dataset: str) -> str:
+    """What to do about a damaged catalog."""
+    return (
+        f"Type `pumit-data verify {dataset} --repair`, or restore it, or delete it and type "
+        f"`make ingest DATASET={dataset}`."
+    )
 
 
 def read_table(
@@ -67,36 +76,53 @@ def read_table(
     remedy: str,
     columns: Sequence[str] | None = None,
     conditions: Sequence[pc.Expression] = (),
+    schema: pa.Schema | None = None,
 ) -> pa.Table:
     """Read a Parquet file of the corpus, comparing the checksum of every page.
 
-    Raises SetupError, with `remedy` at its end, if the file is damaged or of a newer version.
+    Columns of `schema` that a file of an older version does not have come back null, in the place they have
+    there. Raises SetupError, with `remedy` at its end, if the file is damaged or of a newer version.
     """
     try:
-        _refuse_newer(path, pq.read_schema(path))
+        found = pq.read_schema(path)
+        version = _version(path, found, remedy)
+        wanted = None if columns is None else list(columns)
+        added: list[pa.Field] = []
+        if schema is not None and version < SCHEMA_VERSION:
+            wanted = schema.names if wanted is None else wanted
+            added = [field for field in schema if field.name in wanted and field.name not in found.names]
         condition = None
         for term in conditions:
             condition = term if condition is None else condition & term
-        return pq.read_table(
+        table = pq.read_table(
             path,
-            columns=None if columns is None else list(columns),
+            columns=None
+            if wanted is None
+            else [name for name in wanted if name not in {field.name for field in added}],
             filters=condition,
             partitioning=None,  # `dataset=...` in the path repeats a column that the file has
             page_checksum_verification=True,
         )
     except (FileNotFoundError, PermissionError):
         raise
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # as a flipped bit may have it
         raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
+    for field in added:
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(wanted) if added else table
 
 
-def _refuse_newer(path: Path, schema: pa.Schema) -> None:
-    version = int((schema.metadata or {}).get(b"pumit_schema_version", b"0"))
+def _version(path: Path, schema: pa.Schema, remedy: str) -> int:
+    text = (schema.metadata or {}).get(b"pumit_schema_version", b"")
+    if not text.isdigit() or int(text) < 1:
+        raise SetupError(f"{path} does not say of which version of the catalog it is. {remedy}")
+    version = int(text)
     if version > SCHEMA_VERSION:
         raise SetupError(
             f"{path} has version {version} of the catalog, this program knows versions up to {SCHEMA_VERSION}. "
             "Install the version of pumit-data that wrote it, or a later one."
         )
+    return version
 
 
 def fingerprint(table: pa.Table) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of catalog, previews and splits. 1: without shard_sha256, which reads as null then."""
 
 
 def _column(
@@ -74,6 +75,7 @@ _COLUMNS = [
     ),
     _column("shard_index", _INT, "index of the image in its pack; null for a volume"),
     _column("stored_bytes", pa.int64(), "bytes the voxels take on disk, compressed", unit="byte"),
+    _column("shard_sha256", _TEXT, "sha256 of the file that holds the voxels of that array"),
     _column("source_path", _TEXT, "file or folder, relative to the dataset root", required=True),
     _column("source_hash", _TEXT, "sha256 of the source files"),
     _column(

@@ -8,12 +8,17 @@ from collections.abc import Collection, Mapping
 import pyarrow as pa
 
 from catalog.corpus import Corpus
+from catalog.manifest import NewFile, publish, refuse_damaged
 from catalog.query import read_table
 from catalog.schema import SCHEMA_VERSION
-from catalog.write import write_table
 
 _PUBLIC_KEY = b"PUMIT-data validation split, version 1"
 """Not a secret: it makes the draw independent of any other use of the same hash."""
+
+_REMEDY = (
+    "Restore it from a copy, or type `pumit-data verify --repair`. To delete it draws a new split, which may "
+    "hold out subjects that earlier models were trained on."
+)
 
 SPLIT_SCHEMA = pa.schema(
     [
@@ -50,6 +55,7 @@ def hold_out(corpus: Corpus, dataset: str, subjects: Mapping[str, Collection[str
     hash_of = {subject: _subject_hash(dataset, subject) for members in subjects.values() for subject in members}
     groups = {modality: {hash_of[subject] for subject in members} for modality, members in subjects.items()}
     recorded = _recorded(corpus, dataset)
+    refuse_damaged(corpus, dataset, corpus.split_file(dataset), _REMEDY)
     held_out = {subject: set(modalities) for subject, modalities in recorded.items() if modalities}
     decided = set().union(*held_out.values())
     for modality in sorted(groups.keys() - decided):
@@ -62,8 +68,13 @@ def hold_out(corpus: Corpus, dataset: str, subjects: Mapping[str, Collection[str
     split = {subject: sorted(held_out.get(subject, ())) for subject in sorted(known)}
     if split != recorded:
         columns = [list(split.keys()), list(split.values())]
-        write_table(corpus.split_file(dataset), pa.table(columns, schema=SPLIT_SCHEMA), compression="zstd")
+        publish(corpus, dataset, [split_file(corpus, dataset, pa.table(columns, schema=SPLIT_SCHEMA))])
     return frozenset(subject for subject, hashed in hash_of.items() if hashed in held_out)
+
+
+def split_file(corpus: Corpus, dataset: str, split: pa.Table) -> NewFile:
+    """How a dataset's split is written."""
+    return NewFile(corpus.split_file(dataset), split, {"compression": "zstd"})
 
 
 def split_fingerprint(corpus: Corpus, datasets: Collection[str] | None = None) -> str:
@@ -92,9 +103,5 @@ def _recorded(corpus: Corpus, dataset: str) -> dict[str, list[str]]:
     path = corpus.split_file(dataset)
     if not path.is_file():
         return {}
-    remedy = (
-        "Restore it from a copy. To delete it draws a new split, which may hold out subjects that "
-        "earlier models were trained on."
-    )
-    table = read_table(path, remedy)
+    table = read_table(path, _REMEDY)
     return dict(zip(table["subject_hash"].to_pylist(), table["held_out_for"].to_pylist(), strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,7 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from catalog.corpus import Corpus
-from catalog.query import read_table
+from catalog.durable import replacing
+from catalog.manifest import NewFile, publish, refuse_damaged
+from catalog.query import read_table, remedy_of
 from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA
 
 Rows: TypeAlias = "pa.Table | Sequence[Mapping[str, Any]]"
@@ -42,9 +43,8 @@ def merge_dataset(
         if unknown := set(pc.unique(new[name]).to_pylist()) - set(words):
             raise ValueError(f"{dataset}: {name} must be one of {words}, got {sorted(unknown)}")
 
-    remedy = f"Restore it, or delete it and type `make ingest DATASET={dataset}`."
-    old = _earlier(corpus.catalog_file(dataset), CATALOG_SCHEMA, remedy)
-    old_previews = _earlier(corpus.preview_file(dataset), PREVIEW_SCHEMA, remedy)
+    old = _earlier(corpus, dataset, corpus.catalog_file(dataset), CATALOG_SCHEMA)
+    old_previews = _earlier(corpus, dataset, corpus.preview_file(dataset), PREVIEW_SCHEMA)
     gone = pc.or_(_is_in(old["source_path"], list(reread)), _is_in(old["key"], new["key"]))
     kept = old.filter(pc.invert(gone))
     kept_previews = old_previews.filter(_is_in(old_previews["key"], kept["key"]))
@@ -53,34 +53,35 @@ def merge_dataset(
     pictures = pa.concat_tables([kept_previews, new_previews])
     if strays := pictures.filter(pc.invert(_is_in(pictures["key"], images["key"])))["key"].to_pylist():
         raise ValueError(f"{dataset}: previews without a row: {strays[:5]}")
-    write_table(corpus.preview_file(dataset), pictures.sort_by("key"), compression="none", row_group_size=1024)
-    write_table(corpus.catalog_file(dataset), images.sort_by("key"), compression="zstd")
+    publish(
+        corpus,
+        dataset,
+        [
+            preview_file(corpus, dataset, pictures.sort_by("key")),
+            catalog_file(corpus, dataset, images.sort_by("key")),
+        ],
+    )
+
+
+def catalog_file(corpus: Corpus, dataset: str, images: pa.Table) -> NewFile:
+    """How a dataset's catalog is written."""
+    return NewFile(corpus.catalog_file(dataset), images, {"compression": "zstd"})
+
+
+def preview_file(corpus: Corpus, dataset: str, pictures: pa.Table) -> NewFile:
+    """How a dataset's previews are written: PNG cannot be compressed again, and one is read at a time."""
+    return NewFile(corpus.preview_file(dataset), pictures, {"compression": "none", "row_group_size": 1024})
 
 
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Replace a Parquet file by one rename, with a checksum in every page; `options` as of ParquetWriter.
 
-    Equal tables give equal bytes. Only one process may write a path at a time.
+    Equal tables give equal bytes. Only one process may write a path at a time. For files that are no part of
+    the published corpus; those go through `catalog.manifest.publish`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
+    with replacing(path) as temporary:
         # One chunk a column: how a table was put together must not show in the pages.
         pq.write_table(table.combine_chunks(), temporary, write_page_checksum=True, **options)
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder to disk, so that after a power cut no name leads to half a file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _conform(dataset: str, rows: Rows, schema: pa.Schema) -> pa.Table:
@@ -104,10 +105,13 @@ def _conform(dataset: str, rows: Rows, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _earlier(path: Path, schema: pa.Schema, remedy: str) -> pa.Table:
+def _earlier(corpus: Corpus, dataset: str, path: Path, schema: pa.Schema) -> pa.Table:
     if not path.is_file():
         return schema.empty_table()
-    return read_table(path, remedy).select(schema.names).cast(schema)
+    table = read_table(path, remedy_of(dataset), schema=schema).select(schema.names).cast(schema)
+    # A flipped bit must not enter the new file, whose hash would vouch for it.
+    refuse_damaged(corpus, dataset, path, remedy_of(dataset))
+    return table
 
 
 def _is_in(column: pa.ChunkedArray, values: pa.ChunkedArray | list[str]) -> pa.ChunkedArray:

@@ -23,6 +23,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 
 from catalog.errors import SetupError
+from ingest.names import NameKey
 from ingest.source import ImageSource, shared_weight
 from ingest.spec import ChannelNames, DatasetSpec, Exclusion, ImageGroup, ModalityRule, Table
 
@@ -65,8 +66,10 @@ def existing_roots(spec: DatasetSpec, raw: Path) -> list[Path]:
     return list(found.values())
 
 
-def find_sources(spec: DatasetSpec, root: Path) -> list[ImageSource]:
+def find_sources(spec: DatasetSpec, root: Path, names: NameKey | None = None) -> list[ImageSource]:
     """All images of a dataset, sorted by key (by code point).
+
+    With `names`, key and subject of a dataset whose names are private are ids, and its paths have an alias.
 
     Nothing is left out silently: names that match `exclusions`, and copies, come with `exclude`; a link that
     leads out of `root`, or nowhere, is listed, and reading it fails with a reason. Absent folders are
@@ -93,6 +96,8 @@ def find_sources(spec: DatasetSpec, root: Path) -> list[ImageSource]:
                 )
             fields = _fields(spec, group, path, name) | dict(cells)
             source = _source(spec, group, root, path, name, fields, channels)
+            if spec.private_names and names is not None:
+                source = _renamed(source, name, names)
             other = by_key.setdefault(source.key, source)
             if other is not source:
                 raise SetupError(
@@ -177,6 +182,16 @@ def _source(
     )
 
 
+def _renamed(source: ImageSource, name: str, names: NameKey) -> ImageSource:
+    """The source under ids; `name` is its path as rules and keys go by it."""
+    return replace(
+        source,
+        key=names.id(source.dataset, "key", source.key),
+        subject=names.id(source.dataset, "subject", source.subject),
+        alias=names.id(source.dataset, "path", name),
+    )
+
+
 def _matches(rule: ModalityRule | Exclusion, name: str, fields: Mapping[str, str]) -> bool:
     text = name if rule.field is None else fields.get(rule.field)
     return text is not None and re.search(rule.match, text, re.IGNORECASE) is not None
@@ -201,7 +216,7 @@ def _copies(sources: Iterable[ImageSource]) -> Iterator[ImageSource]:
             with suppress(OSError), source.file.open("rb") as stream:
                 original = first.setdefault(hashlib.file_digest(stream, "sha256").hexdigest(), source)
                 if original is not source:
-                    why = f"it has the same bytes as {original.path}, which is kept."
+                    why = f"it has the same bytes as {original.public_path}, which is kept."
                     yield replace(source, exclude=("duplicate", why))
 
 

@@ -254,12 +254,12 @@ class Draft:
         told = ", ".join(f"{count} {form}" for form, count in counts.items())
         lines = [
             f"# Guessed by `pumit-data add` from names and headers ({told}). Check every line.",
-            "# `key` and `subject` are made of folder and file names; with the relative path they go into the",
-            "# catalog and the logs. By keeping this entry you declare that these names identify nobody: that",
-            "# they hold no person's name, no birth date, no hospital number.",
             f"- id: {_quoted(name)}",
             f"  title: {_quoted(title)}",
             f"  folder: {_quoted(place)}",
+            "  # Names of folders and files stay out of catalog and logs; ids stand for them. Say false",
+            "  # only if none holds a person's name, a birth date or a hospital number.",
+            "  private_names: true",
             "  images:",
         ]
         for group in self._groups:

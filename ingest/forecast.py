@@ -97,6 +97,7 @@ class Speeds:
 
 def forecast(spec: DatasetSpec, raw: Path, corpus: Corpus, speeds: Speeds) -> Forecast:
     """All that can be said of one dataset now. Reads names, sizes and the catalog; no image is opened."""
+    from ingest.names import name_key
     from ingest.run import plan_ingest
 
     images = _figure(spec.published.images, "published")
@@ -113,7 +114,8 @@ def forecast(spec: DatasetSpec, raw: Path, corpus: Corpus, speeds: Speeds) -> Fo
     if raw.is_dir() and existing_roots(spec, raw):
         try:
             root = dataset_root(spec, raw)
-            plan = plan_ingest(spec, raw, corpus)
+            names = name_key(corpus, keep=False) if spec.private_names else None
+            plan = plan_ingest(spec, raw, corpus, names=names)
         except SetupError as error:
             problem = str(error)
         else:

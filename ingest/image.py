@@ -37,7 +37,15 @@ from ingest.volume import Volume, Voxels
 NORMALISATION_VERSION = 1
 """Raised whenever the same files would give other voxels or another row."""
 
-_KNOWN_LATER = {"split", "shard_path", "shard_shape", "shard_index", "stored_bytes", "entry_hash"}
+_KNOWN_LATER = {
+    "split",
+    "shard_path",
+    "shard_shape",
+    "shard_index",
+    "stored_bytes",
+    "shard_sha256",
+    "entry_hash",
+}
 _ROW_COLUMNS = [name for name in CATALOG_SCHEMA.names if name not in _KNOWN_LATER]
 
 Spacing = tuple[float | None, float | None, float | None]
@@ -253,7 +261,7 @@ def _described(source: ImageSource, index: int | None, count: int) -> dict[str, 
         "modality": modality,
         "upstream_modality": source.upstream_modality or modality,
         "body_part": list(source.body_part),
-        "source_path": source.path,
+        "source_path": source.public_path,
         "normalisation_version": NORMALISATION_VERSION,
     }
 

@@ -100,7 +100,8 @@ class Journal:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SetupError(
-                    f"{self.dataset}: another ingest into {self.corpus.root} is running. Wait for it to end."
+                    f"{self.dataset}: another ingest into {self.corpus.root}, or a `verify`, is running. "
+                    "Wait for it to end."
                 ) from error
             yield
 
@@ -150,6 +151,10 @@ class Journal:
         for file in files:
             file.unlink()
 
+    def unmerged(self) -> int:
+        """Number of records that wait for a merge, which only a stopped run leaves."""
+        return sum(1 for _ in self._tasks.glob("[!.]*.parquet"))
+
     def done(self) -> dict[str, Done]:
         """Earlier results by source path."""
         return {
@@ -192,7 +197,7 @@ class Journal:
             return
         for array in folder.iterdir():
             if f"{folder.name}/{array.name}" not in referenced:
-                shutil.rmtree(array)
+                shutil.rmtree(array) if array.is_dir() else array.unlink()
 
     @property
     def _tasks(self) -> Path:

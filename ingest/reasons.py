@@ -24,6 +24,7 @@ EXCLUSIONS: dict[str, str] = {
     "constant": "All voxels have one value.",
     "empty_crop": "No voxel is above the crop threshold in all channels.",
     "not_finite": "Voxels are NaN or infinite.",
+    "burned_in_annotation": "The header says that text is drawn into the pixels, which may name the patient.",
     "transparent": "The image has transparent pixels.",
     "volume_count": "The file has not the number of volumes that datasets.yaml or dataset.json names.",
     "unsupported_layout": "More axes or channels than an image has here.",
@@ -67,6 +68,7 @@ GEOMETRY_FLAGS: dict[str, str] = {
     "negative_slope": "The rescale slope is negative; stored values were reversed: bright stays bright.",
     "inverted": "A DICOM image in MONOCHROME1 was inverted: bright stays bright.",
     "equal_channels": "The three colour channels are equal; one was kept.",
+    "banner_possible": "An ultrasound image is lit outside its scan regions: text there may name the patient.",
     "exif_rotated": "The picture was turned upright as its EXIF orientation says.",
 }
 """What readers and geometry repaired or noticed: the values of `geometry_flags`."""

@@ -20,6 +20,7 @@ from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from ingest.discover import dataset_root, find_sources
 from ingest.journal import Journal
+from ingest.names import NameKey
 from ingest.source import ImageSource
 from ingest.spec import DatasetSpec
 from ingest.task import IngestTask, halves, record_lost_task, run_task, stamp_of, task_name
@@ -68,19 +69,25 @@ Progress = Callable[[int, int, Outcomes], None]
 
 
 def plan_ingest(
-    spec: DatasetSpec, raw: Path, corpus: Corpus, only: str | None = None, limit: int | None = None
+    spec: DatasetSpec,
+    raw: Path,
+    corpus: Corpus,
+    only: str | None = None,
+    limit: int | None = None,
+    names: NameKey | None = None,
 ) -> IngestPlan:
     """Find the sources of a dataset and what is left to do.
 
     Args:
         only: regular expression; sources whose key matches somewhere are selected.
         limit: at most so many sources, the first by key.
+        names: makes the ids of a dataset whose names are private.
 
     Raises:
         SetupError: missing or empty raw folder, bad regular expression.
     """
     root = dataset_root(spec, raw)
-    found = find_sources(spec, root)
+    found = find_sources(spec, root, names)
     try:
         pattern = re.compile(only or "")
     except re.error as error:
@@ -102,12 +109,14 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     Raises:
         SetupError: the corpus cannot be written, or another ingest of the dataset is running.
     """
+    from catalog.manifest import settle
     from catalog.split import hold_out
     from shards.write import remove_leftovers
 
     dataset = plan.spec.id
     journal = Journal(corpus, dataset)
     with _explained(dataset, corpus), journal.lock():
+        settle(corpus, dataset)
         journal.merge()  # what a killed run left
         remove_leftovers(corpus.shards, dataset)
         subjects: dict[str, set[str]] = defaultdict(set)
@@ -139,14 +148,14 @@ def _pending(selected: list[ImageSource], spec: DatasetSpec, corpus: Corpus) -> 
     present = _present(corpus, spec.id) if done else set()
     entry_hash = spec.entry_hash()
     for source in selected:
-        earlier = done.get(source.path)
+        earlier = done.get(source.public_path)
         if (
             earlier is None
             or earlier.failed
             or earlier.entry_hash != entry_hash
             or earlier.normalisation_version != NORMALISATION_VERSION
             or earlier.stamp != stamp_of(source)
-            or source.path not in present
+            or source.public_path not in present
         ):
             yield source
 
@@ -174,10 +183,10 @@ def _tasks(
     from shards.layout import PACK_SIZE
 
     groups: dict[str, list[ImageSource]] = defaultdict(list)
-    flat = [source.path for source in plan.found if source.dimension == 2]
+    flat = [source.public_path for source in plan.found if source.dimension == 2]
     packs = journal.packs(flat, PACK_SIZE) if flat else {}
     for source in pending:
-        name = f"pack-{packs[source.path]:05d}" if source.dimension == 2 else task_name(source)
+        name = f"pack-{packs[source.public_path]:05d}" if source.dimension == 2 else task_name(source)
         groups[name].append(source)
     return [
         IngestTask(

@@ -22,6 +22,8 @@ class ImageSource:
     """File, or folder of one DICOM series, relative to `root`, with forward slashes."""
     root: Path
     """Folder of the dataset; nothing outside is read."""
+    alias: str | None = None
+    """What rows, messages and logs call the path, where its names may identify somebody."""
     format: Format
     dimension: Literal[2, 3]
     modality: str
@@ -42,6 +44,10 @@ class ImageSource:
     @property
     def file(self) -> Path:
         return self.root / self.path
+
+    @property
+    def public_path(self) -> str:
+        return self.path if self.alias is None else self.alias
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -228,6 +228,9 @@ class DatasetSpec(Declared):
     then paths. The others are excluded as `duplicate`."""
     sampling_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the dataset: factor on the weight of each of its images."""
+    private_names: bool = False
+    """Names of files and folders may identify people: key, subject and path enter catalog, shards and logs as
+    keyed ids. A user's own entry has it unless it says false."""
     left_out: Text | None = None
     """Why `--all` and the default mix leave this dataset out; it can still be asked for by name."""
     published: Published = Published()
@@ -274,7 +277,7 @@ class DatasetSpec(Declared):
         """
         shaping = self.model_dump(
             mode="json",
-            include={"id", "images", "exclusions", "one_copy", "sampling_weight"},
+            include={"id", "images", "exclusions", "one_copy", "private_names", "sampling_weight"},
             exclude_defaults=True,
         )
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
@@ -315,9 +318,10 @@ def load_specs(path: Path | None = None, *, raw: Path | None = None) -> dict[str
     own = own_file(raw) if raw is not None else None
     if own is None or not own.exists():
         return specs
-    for spec in _load(own).values():
+    for spec in _load(own, private_names=True).values():
         # An equal entry is no clash: a checkout may be the raw folder, for it holds the samples.
-        if specs.setdefault(spec.id, spec) != spec:
+        known = specs.setdefault(spec.id, spec)
+        if known != spec.model_copy(update={"private_names": known.private_names}):
             raise SetupError(
                 f"{own}: entry {spec.id!r}: a dataset that comes with PUMIT-data has this id. Choose another."
             )
@@ -356,7 +360,7 @@ def _shipped_specs() -> dict[str, DatasetSpec]:
     return _load(shipped_file())
 
 
-def _load(path: Path) -> dict[str, DatasetSpec]:
+def _load(path: Path, *, private_names: bool = False) -> dict[str, DatasetSpec]:
     entries = _parse(path)
     if not isinstance(entries, list):
         raise SetupError(f"{path}: must be a list of entries, each beginning with `- id: ...`.")
@@ -365,7 +369,9 @@ def _load(path: Path) -> dict[str, DatasetSpec]:
     for number, entry in enumerate(entries, start=1):
         name = repr(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {number}"
         try:
-            spec = DatasetSpec.model_validate(entry)
+            spec = DatasetSpec.model_validate(
+                {"private_names": private_names} | entry if isinstance(entry, dict) else entry
+            )
         except ValidationError as error:
             problems += [f"{path}: entry {name}{problem}" for problem in problems_of(error)]
             continue

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from catalog.corpus import Corpus
 from ingest.journal import Journal, Stamp
+from ingest.readers import name
 from ingest.reasons import ExcludedImage, FailedImage, full_message
 from ingest.source import ImageSource
 
@@ -50,8 +51,8 @@ def run_task(task: IngestTask) -> Counter[tuple[str, str]]:
     An image that cannot be read or used becomes a row with its reason. Raises OSError only when the corpus
     cannot be written (no space, no permission).
     """
-    _use_one_thread()
-    stamps = {source.path: stamp_of(source) for source in task.sources}
+    use_one_thread()
+    stamps = {source.public_path: stamp_of(source) for source in task.sources}
     try:
         rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
     except OSError:
@@ -77,13 +78,13 @@ def record_lost_task(task: IngestTask) -> Counter[tuple[str, str]]:
             source,
             FailedImage(
                 "worker_lost",
-                f"{source.dataset}/{source.key} ({source.path}): every worker process that read it died, most "
+                f"{name(source)}: every worker process that read it died, most "
                 "likely for lack of memory. Try again with fewer --workers.",
             ),
         )
         for source in task.sources
     ]
-    return _record(task, rows, {source.path: stamp_of(source) for source in task.sources})
+    return _record(task, rows, {source.public_path: stamp_of(source) for source in task.sources})
 
 
 def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stamp]) -> Counter[tuple[str, str]]:
@@ -108,14 +109,14 @@ def stamp_of(source: ImageSource) -> Stamp:
 
 
 @functools.cache
-def _use_one_thread() -> None:
+def use_one_thread() -> None:
     """Workers are the parallelism; threads inside them would only fight for the cores."""
     import cv2
 
     cv2.setNumThreads(1)
 
 
-def _images(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
+def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
     """Each image of a source, normalised; or, for an unfit one, its finished row.
 
     Raises FailedImage, perhaps after some images: it speaks for the whole source, and none of them is to be
@@ -131,7 +132,7 @@ def _images(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
     try:
         if source.exclude is not None:
             reason, why = source.exclude
-            raise ExcludedImage(reason, f"{source.dataset}/{source.key} ({source.path}): {why}")
+            raise ExcludedImage(reason, f"{name(source)}: {why}")
         count = 2  # only one of several is yielded as excluded; a single one is raised
         for position, volume in enumerate(read_volumes(source)):
             if isinstance(volume, ExcludedImage):
@@ -152,7 +153,7 @@ def _failure(source: ImageSource, error: Exception) -> FailedImage:
     """The outcome of an image that met `error`. Its text may quote the file, so only its type is told."""
     if isinstance(error, FailedImage):
         return error
-    where = f"{source.dataset}/{source.key} ({source.path})"
+    where = name(source)
     if isinstance(error, MemoryError):
         return FailedImage("too_large", f"{where}: not enough memory. Use fewer --workers.")
     return FailedImage(
@@ -171,7 +172,7 @@ def _volume_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
     for source in task.sources:
         try:
             yield from [
-                image if isinstance(image, dict) else _write_volume(task, image) for image in _images(source)
+                image if isinstance(image, dict) else _write_volume(task, image) for image in images_of(source)
             ]
         except FailedImage as outcome:
             # Arrays already written have no row then, and are removed at the end of the run.
@@ -189,6 +190,7 @@ def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
         "shard_path": stored.path,
         "shard_shape": list(stored.shape),
         "stored_bytes": stored.stored_bytes[0],
+        "shard_sha256": stored.sha256,
     }
 
 
@@ -206,7 +208,7 @@ def _pack_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
 
     for source in task.sources:
         try:
-            images = list(_images(source))  # whole, for only then it is known to be good
+            images = list(images_of(source))  # whole, for only then it is known to be good
         except FailedImage as outcome:
             yield _failed_row(source, outcome)
             continue
@@ -237,6 +239,7 @@ def _write_pack(task: IngestTask, pack: str, images: list[Normalised]) -> Iterat
             "shard_shape": list(stored.shape),
             "shard_index": index,
             "stored_bytes": stored.stored_bytes[index],
+            "shard_sha256": stored.sha256,
         }
 
 
@@ -250,4 +253,4 @@ def _identity(task: IngestTask, rows: list[dict[str, Any]]) -> str:
 
 def task_name(source: ImageSource) -> str:
     """File-name-safe name of the task of a 3-D source."""
-    return "volume-" + hashlib.sha256(os.fsencode(source.path)).hexdigest()[:24]
+    return "volume-" + hashlib.sha256(os.fsencode(source.public_path)).hexdigest()[:24]

@@ -10,13 +10,17 @@ sharding codec puts all its inner chunks into one file, each with its own checks
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
+
+from catalog.errors import SetupError
 
 Profile = Literal["fast", "train", "small"]
 Shape = tuple[int, ...]
@@ -34,10 +38,15 @@ PROFILES: dict[Profile, dict[str, str | int]] = {
 }
 """Settings of the blosc codec: fast to write, fast to read, or small. A reader needs not know which."""
 
+LAYOUT_VERSION = 2
+"""Raised when an earlier version of this program would misread what is written. 1: the same, not saying so."""
+
 METADATA_FILE = "zarr.json"
 SHARD_FILE = "c.0.0.0.0"
 TEMPORARY_PREFIX = ".tmp-"
 """Folders that a killed writer may leave behind; no array name starts so."""
+
+_VERSION_ATTRIBUTE = "pumit_layout_version"
 
 _NAME_LIMIT = 160
 """Bytes of the key's part of a name. File systems allow 255 in all."""
@@ -90,7 +99,9 @@ def chunk_grid(shape: Shape, chunk: Shape) -> Shape:
     return tuple(-(-size // step) for size, step in zip(shape, chunk, strict=True))
 
 
-def array_metadata(shape: Shape, dtype: npt.DTypeLike, chunk: Shape, profile: Profile) -> dict[str, Any]:
+def array_metadata(
+    shape: Shape, dtype: npt.DTypeLike, chunk: Shape, profile: Profile, version: int = LAYOUT_VERSION
+) -> dict[str, Any]:
     """The content of `zarr.json`. The one shard is the array rounded up to whole inner chunks."""
     kind = np.dtype(dtype)
     shard = [count * step for count, step in zip(chunk_grid(shape, chunk), chunk, strict=True)]
@@ -115,7 +126,25 @@ def array_metadata(shape: Shape, dtype: npt.DTypeLike, chunk: Shape, profile: Pr
         # With "." an array takes three inodes; the default "/" would take seven.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        **({"attributes": {_VERSION_ATTRIBUTE: version}} if version > 1 else {}),
     }
+
+
+def refuse_newer_layout(folder: Path, metadata: bytes | Mapping[str, Any]) -> None:
+    """Raise SetupError if `metadata`, the content of an array's `zarr.json`, is of a later version.
+
+    Metadata that cannot be understood are left to who reads the array.
+    """
+    try:
+        content = json.loads(metadata) if isinstance(metadata, bytes) else metadata
+        version = int(content.get("attributes", {}).get(_VERSION_ATTRIBUTE, 1))
+    except (ValueError, TypeError, AttributeError):
+        return
+    if version > LAYOUT_VERSION:
+        raise SetupError(
+            f"{folder} has version {version} of the shard layout, this program knows versions up to "
+            f"{LAYOUT_VERSION}. Install the version of pumit-data that wrote it, or a later one."
+        )
 
 
 def chunk_bytes(shard_file: Path, grid: Shape) -> npt.NDArray[np.int64]:

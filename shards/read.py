@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog.errors import SetupError
-from shards.layout import Shape
+from shards.layout import METADATA_FILE, Shape, refuse_newer_layout
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """(start, stop) along depth, height and width, in voxels."""
@@ -66,9 +67,9 @@ class ShardReader:
         shard_index. `index` is None for a volume (C, D, H, W); in a pack (N, C, H, W) it names the image,
         whose depth is 1.
 
-        Raises SetupError if the array is missing, damaged or not what the catalog says, OSError if the
-        operating system refuses to read it, ValueError if the box or the index lies outside it, RuntimeError
-        after a fork.
+        Raises SetupError if the array is missing, damaged, not what the catalog says or of a later version,
+        OSError if the operating system refuses to read it, ValueError if the box or the index lies outside it,
+        RuntimeError after a fork.
         """
         refuse_fork()
         depth, height, width = (slice(start, stop) for start, stop in box)
@@ -99,7 +100,13 @@ class ShardReader:
             # Every chunk is stored, so a missing one is damage and not background.
             "fill_missing_data_reads": False,
         }
-        array = tensorstore.open(spec, context=context()).result()
+        try:
+            array = tensorstore.open(spec, context=context()).result()
+        except ValueError:
+            with contextlib.suppress(OSError):
+                refuse_newer_layout(folder, (folder / METADATA_FILE).read_bytes())
+            raise
+        refuse_newer_layout(folder, array.spec().to_json()["metadata"])
         if array.shape != shape or array.dtype.name != dtype:
             found = f"it holds {array.dtype.name} {array.shape} where the catalog says {dtype} {shape}"
             raise SetupError(_complaint(folder, found))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
-import math
+import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from catalog.write import sync
+from catalog.durable import sync
+from shards.check import checked_digest, metadata_forms
 from shards.layout import (
     METADATA_FILE,
     PROFILES,
@@ -25,7 +28,6 @@ from shards.layout import (
     Profile,
     Shape,
     array_metadata,
-    chunk_bytes,
     chunk_grid,
     dataset_folder,
     pack_chunk,
@@ -45,6 +47,8 @@ class StoredArray:
     """(C, D, H, W) of a volume, (N, C, H, W) of a pack."""
     stored_bytes: list[int]
     """Compressed bytes of each image: one number for a volume, N for a pack."""
+    sha256: str
+    """Of the shard file, hashed while it was written."""
 
 
 def write_volume(
@@ -53,15 +57,15 @@ def write_volume(
     """Write one volume (C, D, H, W) of integers or floats, of any strides, under `name` (see `array_name`).
 
     The same voxels give the same bytes. Chunks are encoded one by one: no copy of `voxels` is made. A complete
-    array of that name is kept as it is, in whatever profile: the name stands for its content. Raises OSError
-    if the disk is full or refuses, and leaves nothing behind then.
+    array of that name whose checksums agree is kept as it is, in whatever profile: the name stands for its
+    content. Raises OSError if the disk is full or refuses, and leaves nothing behind then.
     """
     if voxels.ndim != 4:
         raise ValueError(f"{name}: a volume has the axes (C, D, H, W), got the shape {voxels.shape}")
     chunk = volume_chunk(voxels.shape)
     array = _Array(shards_root / name, voxels.shape, voxels.dtype, chunk, profile)
-    sizes = _write(array, _boxes(voxels, chunk))
-    return StoredArray(path=name, shape=voxels.shape, stored_bytes=[int(sizes.sum())])
+    sizes, sha256 = _write(array, _boxes(voxels, chunk))
+    return StoredArray(path=name, shape=voxels.shape, stored_bytes=[int(sizes.sum())], sha256=sha256)
 
 
 def write_pack(
@@ -78,14 +82,18 @@ def write_pack(
     height, width = (max(image.shape[axis] for image in images) for axis in (2, 3))
     shape = (len(images), images[0].shape[0], height, width)
     array = _Array(shards_root / name, shape, images[0].dtype, pack_chunk(shape), profile)
-    sizes = _write(array, (image[np.newaxis, :, 0] for image in images))
-    return StoredArray(path=name, shape=shape, stored_bytes=sizes.ravel().tolist())
+    sizes, sha256 = _write(array, (image[np.newaxis, :, 0] for image in images))
+    return StoredArray(path=name, shape=shape, stored_bytes=sizes.ravel().tolist(), sha256=sha256)
 
 
 def remove_leftovers(shards_root: Path, dataset: str) -> None:
     """Delete what killed writers left of a dataset. Only while no other writer of that dataset runs."""
     for leftover in sorted((shards_root / dataset_folder(dataset)).glob(f"{TEMPORARY_PREFIX}*")):
         shutil.rmtree(leftover)
+
+
+_Written: TypeAlias = tuple[npt.NDArray[np.int64], str]
+"""Bytes of the inner chunks, and sha256 of the shard file."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,8 @@ def _boxes(voxels: npt.NDArray[Any], chunk: Shape) -> Iterator[npt.NDArray[Any]]
         yield voxels[tuple(slice(at * step, (at + 1) * step) for at, step in zip(position, chunk, strict=True))]
 
 
-def _write(array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
-    """Bytes of the inner chunks of the array that now lies at its target; `boxes` hold what goes into them."""
+def _write(array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> _Written:
+    """What now lies at the array's target; `boxes` hold what goes into its inner chunks."""
     target = array.target
     if array.dtype.kind not in "iuf" or 0 in array.shape:
         raise ValueError(f"{target}: cannot store {array.dtype} of the shape {array.shape}")
@@ -118,12 +126,7 @@ def _write(array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.i
         sync(target.parent.parent)
     temporary = _temporary(target)
     try:
-        _encode(temporary, array, boxes)
-        for path in (temporary / METADATA_FILE, temporary / SHARD_FILE, temporary):
-            sync(path)
-        sizes = _complete(temporary, array)
-        if sizes is None:
-            raise OSError(f"{target}: the array just written to {temporary} does not read back")
+        written = _encode(temporary, array, boxes)
         try:
             temporary.rename(target)
         except OSError as error:
@@ -140,41 +143,54 @@ def _write(array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.i
         sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return sizes
+    return written
 
 
 def _temporary(target: Path) -> Path:
     return target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
 
 
-def _complete(target: Path, array: _Array) -> npt.NDArray[np.int64] | None:
-    """Bytes of the inner chunks if `target` is a whole array of this shape and dtype, else None."""
+def _complete(target: Path, array: _Array) -> _Written | None:
+    """What lies at `target` if it is a whole and sound array of this shape and dtype, else None."""
     try:
-        found = json.loads((target / METADATA_FILE).read_bytes())
-        sizes = chunk_bytes(target / SHARD_FILE, chunk_grid(array.shape, array.chunk))
+        if (target / METADATA_FILE).read_bytes() not in metadata_forms(
+            array.shape, array.dtype.name, array.chunk
+        ):
+            return None
+        return checked_digest(target / SHARD_FILE, chunk_grid(array.shape, array.chunk))
     except (FileNotFoundError, ValueError):
         return None
-    known = (array_metadata(array.shape, array.dtype, array.chunk, profile) for profile in PROFILES)
-    return sizes if any(found == metadata for metadata in known) else None
 
 
-def _encode(folder: Path, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> None:
-    """Write metadata and shard into a new `folder`.
+def _encode(folder: Path, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> _Written:
+    """Write metadata and shard into a new `folder`, forced to disk.
 
     Not by TensorStore, which holds all chunks of a shard, and their encoded bytes, before it writes the first.
     """
     metadata = array_metadata(array.shape, array.dtype, array.chunk, array.profile)
     try:
         folder.mkdir()
-        (folder / METADATA_FILE).write_text(json.dumps(metadata))
-        with (folder / SHARD_FILE).open("wb", buffering=_WRITE_BUFFER) as file:
-            _write_shard(file, array, boxes)
+        with _forced(folder / METADATA_FILE) as file:
+            file.write(json.dumps(metadata).encode())
+        with _forced(folder / SHARD_FILE) as file:
+            written = _write_shard(file, array, boxes)
+        sync(folder)
     except OSError as error:
         # A failed write, unlike a failed open, does not name its file.
         raise OSError(error.errno, error.strerror, str(folder)) from error
+    return written
 
 
-def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> None:
+@contextmanager
+def _forced(path: Path) -> Iterator[BinaryIO]:
+    """A new file that is on disk when it is closed."""
+    with path.open("wb", buffering=_WRITE_BUFFER) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> _Written:
     """Every inner chunk with its crc32c, then the index of (offset, bytes) and its own.
 
     Nothing is left out, so that a reader can tell a lost chunk from background.
@@ -182,9 +198,19 @@ def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]
     import imagecodecs  # 50 ms that callers who write nothing need not pay
 
     codec: dict[str, Any] = PROFILES[array.profile]
-    index = np.empty((math.prod(chunk_grid(array.shape, array.chunk)), 2), "<u8")
+    grid = chunk_grid(array.shape, array.chunk)
+    index = np.empty((*grid, 2), "<u8")
+    entries = index.reshape(-1, 2)
     chunk = np.zeros(array.chunk, array.dtype.newbyteorder("<"))
     offset = 0
+    digest = hashlib.sha256()
+
+    def write(data: bytes) -> int:
+        checksum: bytes = google_crc32c.value(data).to_bytes(4, "little")
+        digest.update(data)
+        digest.update(checksum)
+        return file.write(data) + file.write(checksum)
+
     for number, box in enumerate(boxes):
         if box.shape != chunk.shape:
             chunk[...] = 0
@@ -198,12 +224,8 @@ def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]
             typesize=array.dtype.itemsize,
             numthreads=1,
         )
-        index[number] = offset, _write_checked(file, bytes(encoded))
-        offset += int(index[number, 1])
-    _write_checked(file, index.tobytes())
-
-
-def _write_checked(file: BinaryIO, data: bytes) -> int:
-    """Write `data` and its crc32c; returns how many bytes both take."""
-    checksum: int = google_crc32c.value(data)
-    return file.write(data) + file.write(checksum.to_bytes(4, "little"))
+        size = write(bytes(encoded))
+        entries[number] = offset, size
+        offset += size
+    write(index.tobytes())
+    return index[..., 1].astype(np.int64), digest.hexdigest()

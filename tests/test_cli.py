@@ -18,7 +18,7 @@ HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tenso
 @pytest.mark.parametrize(
     ("script", "subcommands"),
     [
-        ("pumit-data", ["list", "plan", "download", "ingest", "stats", "inspect", "view", "add"]),
+        ("pumit-data", ["list", "plan", "download", "ingest", "stats", "inspect", "view", "add", "verify"]),
         ("pumit-train", ["tokenizer", "mim"]),
     ],
 )

@@ -30,8 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from catalog.durable import sync
 from catalog.errors import SetupError
-from catalog.write import sync
 from training.config import RunConfig, changed_fields
 
 AVERAGED_STEPS = 10

@@ -24,8 +24,8 @@ _CHUNK = 1 << 16
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 """HTTP states that another try may cure."""
 
-Progress = Callable[[str, int, int | None], None]
-"""Called with (name of the file, its bytes that are here, its size or None)."""
+FileProgress = Callable[[int, int | None], None]
+"""Called with (bytes of the file that are here, its size or None)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Http:
         """The body of an answer as text. Raises SetupError as `json`."""
         return self._text(url, params or {}).text
 
-    def fetch(self, remote: Remote, target: Path, progress: Progress) -> None:
+    def fetch(self, remote: Remote, target: Path, progress: FileProgress) -> None:
         """Bring a file to `target`, which exists only when it is whole and its checksum is right.
 
         What an earlier call left in `target.part` is not fetched again, if the server can send parts and still
@@ -161,7 +161,7 @@ class Http:
             )
         return answer
 
-    def _transfer(self, remote: Remote, part: Path, progress: Progress) -> None:
+    def _transfer(self, remote: Remote, part: Path, progress: FileProgress) -> None:
         """Append what is missing, or begin anew where the server cannot continue."""
         start = _resumable(remote, part)
         if start and start == remote.size:
@@ -196,7 +196,7 @@ class Http:
         part: Path,
         start: int,
         total: int | None,
-        progress: Progress,
+        progress: FileProgress,
     ) -> None:
         import requests
 
@@ -211,7 +211,7 @@ class Http:
                             "publisher may have changed the file: look at the dataset's page."
                         )
                     file.write(chunk)
-                    progress(remote.name, done, remote.size or total)
+                    progress(done, remote.size or total)
             except requests.RequestException as error:
                 raise _PassingError(f"the connection broke ({_root_cause(error)})") from error
         if total is not None and done < total:

@@ -16,7 +16,7 @@ from catalog.errors import SetupError
 from ingest.access import Download
 from ingest.discover import existing_roots, find_sources
 from ingest.download.hosts import Hosts, list_files
-from ingest.download.http import Http, Remote
+from ingest.download.http import FileProgress, Http, Remote
 from ingest.download.staging import RECORD, Staging
 from ingest.download.tcia import fetch_series, list_series, series_bytes, write_metadata
 from ingest.download.unpack import is_archive
@@ -30,8 +30,8 @@ _SMALL_ARCHIVE = 1 << 26
 """Bytes that may come out of any archive."""
 _HOSTS, _HTTP = Hosts(), Http()
 
-Progress = Callable[[str, int, int | None], None]
-"""Called with (file at work, bytes of the dataset that are here, bytes that it has or None)."""
+Progress = Callable[[int, int | None], None]
+"""Called with (bytes of the dataset that are here, bytes that it has or None)."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _fetch_files(call: _Call) -> list[dict[str, Any]]:
     return [{"name": file.name, "url": file.url, **staging.note(file.name)} for file in files]
 
 
-def _fetch_file(call: _Call, file: Remote, progress: Progress) -> None:
+def _fetch_file(call: _Call, file: Remote, progress: FileProgress) -> None:
     staging = call.staging
     arrived = staging.archives / file.name
     call.http.fetch(file, arrived, progress)
@@ -170,9 +170,9 @@ def _fetch_collection(call: _Call, collection: str) -> list[dict[str, Any]]:
     return [{"name": item["SeriesInstanceUID"], "size": series_bytes(item)} for item in series]
 
 
-def _adding(progress: Progress, here: int, total: int | None) -> Progress:
-    def added(name: str, done: int, size: int | None) -> None:
-        progress(name, here + done, total)
+def _adding(progress: Progress, here: int, total: int | None) -> FileProgress:
+    def added(done: int, size: int | None) -> None:
+        progress(here + done, total)
 
     return added
 

@@ -15,13 +15,13 @@ import csv
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from catalog.errors import SetupError
 from ingest.download.hosts import Hosts
-from ingest.download.http import Http, Remote
+from ingest.download.http import FileProgress, Http, Remote
 from ingest.download.staging import Staging
 from ingest.download.unpack import DamagedArchiveError
 
@@ -84,7 +84,7 @@ def fetch_series(
     hosts: Hosts,
     http: Http,
     limit: int,
-    progress: Callable[[str, int, int | None], None],
+    progress: FileProgress,
 ) -> None:
     """Bring one series into the tree, unless it is there.
 

@@ -1,7 +1,8 @@
 """From the files of one `ImageSource` to its volumes: one module per format, loaded only when it is needed.
 
-Every message starts with `dataset/key (path)`, the path exactly as `source.path` holds it, and carries neither
-an absolute path nor text from inside a file: library errors may quote patient data, so only their type is told.
+Every message starts with `dataset/key (path)`, the path exactly as `source.public_path` holds it, and carries
+neither an absolute path nor a name below it, nor text from inside a file: library errors may quote patient
+data, so only their type is told.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read_volumes(source: ImageSource) -> Iterator[Volume | ExcludedImage]:
 
 def name(source: ImageSource) -> str:
     """How messages call a source."""
-    return f"{source.dataset}/{source.key} ({source.path})"
+    return f"{source.dataset}/{source.key} ({source.public_path})"
 
 
 def inside_root(source: ImageSource, path: Path) -> Path:

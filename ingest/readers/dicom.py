@@ -13,10 +13,13 @@ import numpy as np
 from ingest.readers import check_size, name, reading
 from ingest.readers.dicom_frames import Frame, find_frames, parse, quiet
 from ingest.readers.dicom_pixels import decode
-from ingest.readers.dicom_stack import Stack, build_stack, check_scaling
+from ingest.readers.dicom_stack import Stack, build_stack, check_scaling, refuse_burned_in
 from ingest.reasons import ExcludedImage
 from ingest.source import ImageSource
 from ingest.volume import Volume, Voxels
+
+_LIT = 32
+"""Stored values above it are drawn; below it lies what lossy compression leaves of black."""
 
 
 def read(source: ImageSource) -> Iterator[Volume | ExcludedImage]:
@@ -147,6 +150,7 @@ def _refusal(source: ImageSource, frame: Frame) -> ExcludedImage | None:
         if not frame.has_pixels:
             raise ExcludedImage("no_pixels", f"{label}: no pixel data.")
         check_scaling(frame, label)
+        refuse_burned_in(frame, label)
     except ExcludedImage as outcome:
         return outcome
     return None
@@ -154,7 +158,7 @@ def _refusal(source: ImageSource, frame: Frame) -> ExcludedImage | None:
 
 def _picture(frame: Frame, pixels: Voxels) -> dict[str, Any]:
     """`voxels` (C, 1, H, W), `padding_value` and `flags` of one frame."""
-    flags = _lookup_flag(frame)
+    flags = (*_lookup_flag(frame), *_banner_flag(frame, pixels))
     padding = frame.padding
     if frame.format.photometric == "MONOCHROME1" and pixels.dtype.kind in "iu":
         # Bits turned over: largest minus value where unsigned, -1 minus value where signed.
@@ -168,6 +172,16 @@ def _picture(frame: Frame, pixels: Voxels) -> dict[str, Any]:
         grey = np.ascontiguousarray(pixels[..., 0])[np.newaxis, np.newaxis]
         return {"voxels": grey, "flags": (*flags, "equal_channels")}
     return {"voxels": pixels.transpose(2, 0, 1)[:, np.newaxis], "flags": flags}
+
+
+def _banner_flag(frame: Frame, pixels: Voxels) -> tuple[str, ...]:
+    """Is something drawn beside the scans of an ultrasound image, and nothing says that it names nobody?"""
+    if frame.scan_regions is None or frame.burned_in is False:
+        return ()
+    lit = (pixels if pixels.ndim == 2 else pixels.max(axis=2)) > _LIT
+    for x0, y0, x1, y1 in frame.scan_regions:
+        lit[y0 : y1 + 1, x0 : x1 + 1] = False
+    return ("banner_possible",) if lit.any() else ()
 
 
 def _picture_spacing(frame: Frame) -> tuple[float, float, float] | None:

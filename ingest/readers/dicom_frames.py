@@ -70,6 +70,10 @@ class Frame:
     padding: int | None
     has_lookup: bool
     """A Modality LUT is stated instead of slope and intercept."""
+    burned_in: bool | None
+    """Whether text that may name the patient is drawn into the pixels; null where the header does not say."""
+    scan_regions: tuple[tuple[int, int, int, int], ...] | None
+    """Of an ultrasound image: (x0, y0, x1, y1), ends included, of the scans in the picture."""
     series: tuple[float, str] = field(repr=False)
     labels: tuple[Any, ...] = field(repr=False)
     """What may tell the volumes of a series apart: time, trigger, clock, b-value, dimension, echo, kind."""
@@ -181,6 +185,8 @@ def _frames(dataset: Any, file: Path, place: str, has_pixels: bool) -> Iterator[
             intercept=_number(look("PixelValueTransformationSequence", "RescaleIntercept"), 0.0),
             padding=_padding(dataset.get("PixelPaddingValue"), pixel_format),
             has_lookup=bool(dataset.get("ModalityLUTSequence")),
+            burned_in={"YES": True, "NO": False}.get(str(dataset.get("BurnedInAnnotation") or "").upper()),
+            scan_regions=_scan_regions(dataset) if dataset.get("Modality") == "US" else None,
             series=(
                 _number(dataset.get("SeriesNumber"), math.inf),
                 str(dataset.get("SeriesInstanceUID") or ""),
@@ -203,6 +209,13 @@ def _frames(dataset: Any, file: Path, place: str, has_pixels: bool) -> Iterator[
                 number,
             ),
         )
+
+
+def _scan_regions(dataset: Any) -> tuple[tuple[int, int, int, int], ...]:
+    corners = ("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1")
+    regions = dataset.get("SequenceOfUltrasoundRegions") or ()
+    found = (tuple(int(region.get(corner) or 0) for corner in corners) for region in regions)
+    return tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in found)
 
 
 class _Lookup:
@@ -259,12 +272,14 @@ def _padding(value: Any, pixel_format: PixelFormat) -> int | None:
 def _b_value(look: _Lookup, dataset: Any) -> float | None:
     """Diffusion weighting in s/mm²: the standard's attribute, else those of Siemens, GE and Philips."""
     value = look("MRDiffusionSequence", "DiffusionBValue")
+    tags = dataset.keys()
+    groups = {tag.group for tag in tags}  # known first, for pydicom sorts all tags to look for one block
     for group, owner, element in (
         (0x0019, "SIEMENS MR HEADER", 0x0C),
         (0x0043, "GEMS_PARM_01", 0x39),
         (0x2001, "Philips Imaging DD 001", 0x03),
     ):
-        if value is None:
+        if value is None and group in groups:
             try:
                 value = dataset.private_block(group, owner)[element].value
             except KeyError:

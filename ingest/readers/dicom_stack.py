@@ -93,6 +93,7 @@ def _check_formats(frames: Sequence[Frame], label: str) -> None:
         raise ExcludedImage("spacing_missing", f"{label}: slices lack orientation, position or pixel spacing.")
     for frame in frames:
         check_scaling(frame, label)
+        refuse_burned_in(frame, label)
 
 
 def check_scaling(frame: Frame, label: str) -> None:
@@ -105,6 +106,20 @@ def check_scaling(frame: Frame, label: str) -> None:
         raise ExcludedImage("not_finite", f"{label}: rescale slope or intercept is not a number.")
     if frame.slope == 0:
         raise ExcludedImage("constant", f"{label}: the rescale slope is zero, so all voxels have one value.")
+
+
+def refuse_burned_in(frame: Frame, label: str) -> None:
+    """Refuse pixels that the header says hold text.
+
+    Raises:
+        ExcludedImage: `burned_in_annotation`.
+    """
+    if frame.burned_in:
+        raise ExcludedImage(
+            "burned_in_annotation",
+            f"{label}: BurnedInAnnotation is YES: text in the pixels may name the patient. Blacken it and "
+            "state NO.",
+        )
 
 
 def _axes(frames: Sequence[Frame], label: str) -> tuple[Vector, Vector, Vector]:

@@ -84,6 +84,7 @@ def test_rows_are_sorted_and_of_the_schema(corpus: Corpus) -> None:
     assert_same_schema(pictures.schema, PREVIEW_SCHEMA)
     assert sorted(path.name for path in corpus.catalog_file("demo").parent.iterdir()) == [
         "images.parquet",
+        "manifest.sha256",
         "previews.parquet",
     ]
 
@@ -174,7 +175,7 @@ def test_a_refusal_of_the_operating_system_keeps_the_old_files(
     with pytest.raises(OSError, match="No space left"):
         merge_dataset(corpus, "demo", [row("b")], [preview("b")])
     assert digest(corpus) == before
-    assert len(list(corpus.catalog_file("demo").parent.iterdir())) == 2
+    assert len(list(corpus.catalog_file("demo").parent.iterdir())) == 3
 
 
 MERGE_FOREVER = """
@@ -210,4 +211,4 @@ def test_a_killed_merge_leaves_the_catalog_before_or_after(corpus: Corpus, delay
     assert len(set(table["message"].to_pylist())) == 1
     assert corpus.datasets() == ["demo"]
     merge_dataset(corpus, "demo", [row("k00000")], [])
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 3

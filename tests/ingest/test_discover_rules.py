@@ -35,7 +35,7 @@ def spec_of(*, spec: dict[str, Any] | None = None, **group: Any) -> DatasetSpec:
     }
     rule = {name: value for name, value in (rule | group).items() if value is not None}
     return DatasetSpec.model_validate(
-        {"id": "own", "title": "Own", "folder": "Own", "images": [rule], **(spec or {})}
+        {"id": "own", "title": "Own", "folder": "Own", "images": [rule], "private_names": False, **(spec or {})}
     )
 
 
@@ -225,7 +225,7 @@ def test_catalog_rows_of_volumes_with_modalities_of_their_own(tmp_path: Path) ->
     spec = spec_of(
         modality=None, volumes=["MRI/T2", "MRI/ADC"], share_weight="after-first", spec={"one_copy": True}
     )
-    (raw / "datasets.yaml").write_text(json.dumps([spec.model_dump(mode="json", exclude_defaults=True)]))
+    (raw / "datasets.yaml").write_text(json.dumps([spec.model_dump(mode="json", exclude_unset=True)]))
 
     result = run("pumit-data", "ingest", "own", "--raw", raw, "--data", tmp_path / "data")
     assert result.returncode == 0, result.stderr

@@ -63,7 +63,7 @@ def web() -> Iterator[Web]:
         yield served
 
 
-def silent(name: str, done: int, total: int | None) -> None:
+def silent(done: int, total: int | None) -> None:
     return
 
 

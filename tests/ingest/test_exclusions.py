@@ -89,6 +89,12 @@ def shrink_slice(slices: list[Dataset]) -> list[Dataset]:
     return slices
 
 
+def burned_in(slices: list[Dataset]) -> list[Dataset]:
+    for dataset in slices:
+        dataset.BurnedInAnnotation = "YES"
+    return slices
+
+
 def tilt(slices: list[Dataset]) -> list[Dataset]:
     along_rows = np.array(slices[0].ImageOrientationPatient[:3], dtype=float)
     first = np.array(slices[0].ImagePositionPatient, dtype=float)
@@ -191,6 +197,7 @@ CASES: dict[str, tuple[str, Writer, str]] = {
     "constant": ("case", lambda root, _: nifti(root / "case.nii.gz", np.zeros_like(VOXELS)), "Look at it"),
     "empty_crop": ("case", only_red, "Look at it"),
     "not_finite": ("case", not_a_number, "Take the original"),
+    "burned_in_annotation": ("series", lambda root, samples: series(root, samples, burned_in), "Blacken it"),
     "transparent": ("case", transparent, "Compose it on a background"),
     "unsupported_layout": ("case", pages, "Store one image a file"),
     "unreadable": ("case", half, "download it again"),
@@ -431,6 +438,7 @@ FLAGGED: dict[str, tuple[str, Writer]] = {
     "modality_lut_ignored": ("series", lambda root, samples: series(root, samples, lookup_table)),
     "negative_slope": ("case", negative_slope),
     "inverted": ("picture", radiograph),
+    "banner_possible": ("picture", lambda root, samples: radiograph(root, samples, Modality="US")),
     "equal_channels": (
         "case",
         lambda root, _: Image.fromarray(np.repeat(colours((30, 40))[..., :1], 3, axis=2)).save(

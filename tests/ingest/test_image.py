@@ -22,7 +22,15 @@ from ingest.reasons import ExcludedImage, FailedImage
 from ingest.source import ImageSource
 from ingest.volume import Volume
 
-KNOWN_LATER = {"split", "shard_path", "shard_shape", "shard_index", "stored_bytes", "entry_hash"}
+KNOWN_LATER = {
+    "split",
+    "shard_path",
+    "shard_shape",
+    "shard_index",
+    "stored_bytes",
+    "shard_sha256",
+    "entry_hash",
+}
 
 
 def source(**fields: Any) -> ImageSource:

@@ -218,19 +218,13 @@ def test_padding_counts_as_the_minimum_of_the_others(data: st.DataObject, dtype:
         assert foreground_box(image, threshold, padding) == foreground_box(replaced, threshold)
 
 
-@pytest.mark.parametrize("large", [True, False])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_a_crop_is_described_as_if_counted_by_itself(data: st.DataObject, large: bool) -> None:
+def test_a_crop_is_described_as_if_counted_by_itself(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(["int8", "uint8", "int16", "uint16", "float32"]))
     image = data.draw(images(dtype, -3, 3))
-    image = np.tile(image, (1, 1, 60, 60)) if large else image  # a crop then takes less than the bins cost
     image = image[:, ::-1].transpose(0, 3, 1, 2)
     box = tuple(sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2))) for n in image.shape[1:])
-    if large:
-        box = tuple(
-            (min(start, 2), max(stop, n - 2, 1)) for (start, stop), n in zip(box, image.shape[1:], strict=True)
-        )
     padding = data.draw(st.sampled_from([None, 0, 2, 99, 100_000]))
     inside = image[:, *(slice(*ends) for ends in box)]
     whole = distribution(image, padding)

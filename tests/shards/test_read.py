@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -135,6 +136,27 @@ def test_a_missing_shard_is_no_background_even_on_an_open_handle(copy: Path) -> 
 def test_metadata_that_is_no_json_is_noticed(copy: Path) -> None:
     (copy / VOLUME / METADATA_FILE).write_text("{")
     complaint(copy)
+
+
+@pytest.mark.parametrize("understood", [True, False])
+def test_an_array_of_a_later_layout_is_refused_and_not_called_damaged(copy: Path, understood: bool) -> None:
+    path = copy / VOLUME / METADATA_FILE
+    metadata = json.loads(path.read_text())
+    metadata["attributes"] = {"pumit_layout_version": 3}
+    if not understood:
+        metadata["codecs"] = [{"name": "of another time"}]
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(SetupError, match=r"version 3 of the shard layout.*Install the version"):
+        ShardReader(copy).read(VOLUME, SHAPE, "int16", None, WHOLE)
+
+
+def test_an_array_of_the_first_layout_is_read(copy: Path) -> None:
+    path = copy / VOLUME / METADATA_FILE
+    metadata = json.loads(path.read_text())
+    del metadata["attributes"]
+    path.write_text(json.dumps(metadata))
+    voxels = ShardReader(copy).read(VOLUME, SHAPE, "int16", None, WHOLE)
+    np.testing.assert_array_equal(voxels, volume())
 
 
 def test_an_array_unlike_its_catalog_row_is_refused(root: Path) -> None:

@@ -330,3 +330,27 @@ def test_every_byte_of_a_shard_is_under_a_checksum(tmp_path: Path, place: float)
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / NAME)}}
     with pytest.raises(ValueError, match="Error reading"):
         tensorstore.open(spec).result().read().result()
+
+
+# hashes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_sha256_is_that_of_the_file_whether_written_or_kept(tmp_path: Path) -> None:
+    first = write_volume(tmp_path, NAME, head())
+    assert first.sha256 == digests(tmp_path)[f"{NAME}/{SHARD_FILE}"]
+    assert write_volume(tmp_path, NAME, head()).sha256 == first.sha256
+    images = [np.full((1, 1, 9, 9), number, np.uint8) for number in range(3)]
+    pack = write_pack(tmp_path, "demo/pack-0123456789ab.zarr", images)
+    assert pack.sha256 == digests(tmp_path)[f"{pack.path}/{SHARD_FILE}"]
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.9999])
+def test_an_array_with_a_flipped_bit_is_not_kept(tmp_path: Path, place: float) -> None:
+    first = write_volume(tmp_path, NAME, head())
+    whole = digests(tmp_path)
+    shard = tmp_path / NAME / SHARD_FILE
+    content = bytearray(shard.read_bytes())
+    content[int(place * len(content))] ^= 16
+    shard.write_bytes(content)
+    assert write_volume(tmp_path, NAME, head()) == first
+    assert digests(tmp_path) == whole

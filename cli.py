@@ -125,6 +125,87 @@ def check(
 
 
 @data.command()
+def plan(
+    datasets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.", show_default=False),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All datasets but those that the default mix leaves out.")
+    ] = False,
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    as_json: JsonOption = False,
+) -> None:
+    """Say what datasets will take before anything is downloaded: disk, hours, licences and logins.
+
+    Figures are what is on disk, in the catalog or published; what nobody tells is shown as unknown.
+    """
+    from catalog.corpus import Corpus
+    from ingest.forecast import Speeds, forecast
+    from ingest.forecast import as_json as forecasts_as_json
+    from ingest.forecast_report import render
+    from ingest.spec import get_spec, load_specs
+
+    if bool(datasets) == everything:
+        raise SetupError("Name datasets, or ask for all of them with --all; see `pumit-data list`.")
+    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
+    if everything:
+        specs = [spec for spec in load_specs(raw=raw).values() if spec.left_out is None]
+    corpus, speeds = Corpus(data_dir), Speeds()
+    forecasts = [forecast(spec, raw, corpus, speeds) for spec in specs]
+    _print_json(forecasts_as_json(forecasts, speeds)) if as_json else render(forecasts, speeds, _console())
+
+
+@data.command()
+def download(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
+    ],
+    raw: RawOption = Path("raw"),
+    yes: Annotated[bool, typer.Option("--yes", help="Accept licences that restrict the use.")] = False,
+    keep_archives: Annotated[
+        bool, typer.Option("--keep-archives", help="Keep archives after unpacking, in RAW/archives.")
+    ] = False,
+) -> None:
+    """Fetch and unpack datasets that anybody may have; for the others, say how to get them.
+
+    Repeat the call to go on after an interruption. What is there already is left alone.
+    """
+    from ingest.download.notice import consent_question, notice, steps
+    from ingest.download.run import download_dataset, existing_download
+    from ingest.spec import get_spec
+
+    wanted, refused = [], False
+    for spec in [get_spec(name, raw) for name in dict.fromkeys(datasets)]:
+        if (existing := existing_download(spec, raw)) is not None:
+            whose = "complete" if existing.state == "complete" else "there, though not by this command"
+            _print(f"{spec.id}: {whose}, and left as it is: {existing.folder}")
+        elif spec.download is None:
+            _print(steps(spec, raw))
+            refused = True
+        else:
+            _print(notice(spec, raw))
+            if (question := consent_question(spec)) is not None and not yes:
+                if not sys.stdin.isatty():
+                    raise SetupError(f"{spec.id}: {question} Answer with --yes.")
+                if not typer.confirm(question):
+                    raise SetupError(f"{spec.id}: not downloaded.")
+            wanted.append(spec)
+    for spec in wanted:
+        raw.mkdir(parents=True, exist_ok=True)
+        with _byte_bar(spec.id) as show:
+            report = download_dataset(spec, raw, show, keep_archives=keep_archives)
+        if report.problem is None:
+            _print(f"{spec.id}: {report.images} files or series in {report.folder}.")
+        else:
+            _print(f"{spec.id}: is in {report.folder}, but not as its entry expects. {report.problem}")
+            refused = True
+    if refused:
+        raise typer.Exit(WRONG_CALL)
+
+
+@data.command()
 def ingest(
     datasets: Annotated[
         list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
@@ -472,16 +553,16 @@ def _run_plans(
 
 
 @contextmanager
-def _byte_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the terminal; yields what to call with (bytes done, bytes in all)."""
+def _byte_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on the terminal; yields what to call with (bytes done, bytes in all or None)."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=_console(stderr=True)) as bars:
         bar = bars.add_task(description, total=None)
 
-        def show(done: int, total: int) -> None:
-            bars.update(bar, completed=done, total=max(done, total))
+        def show(done: int, total: int | None) -> None:
+            bars.update(bar, completed=done, total=None if total is None else max(done, total))
 
         yield show
 

@@ -42,22 +42,28 @@ def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
     """
     if not raw.is_dir():
         raise SetupError(f"The raw folder {raw} does not exist. Say where it is: --raw FOLDER.")
+    found = existing_roots(spec, raw)
+    names = spec.id if spec.id == spec.folder else f"{spec.id} or {spec.folder}"
+    if not found:
+        raise SetupError(f"{spec.id}: {raw} has no folder {names}. {_expected(spec)}")
+    if len(found) > 1:
+        both = " and ".join(sorted(map(str, found)))
+        raise SetupError(f"{spec.id}: both {both} exist. Keep one.")
+    root = found[0]
+    if not _entries(root):
+        raise SetupError(f"{spec.id}: {root} is empty. {_expected(spec)}")
+    return root
+
+
+def existing_roots(spec: DatasetSpec, raw: Path) -> list[Path]:
+    """Folders under an existing `raw` that go by the id or the published name of a dataset, empty or not."""
     found: dict[tuple[int, int], Path] = {}  # by identity: id and published name may be one folder
     for name in (spec.id, spec.folder):
         for path in _expand(raw.absolute(), tuple(escape(name).split("/")), folders=True):
             if path.is_dir():
                 status = path.stat()
                 found.setdefault((status.st_dev, status.st_ino), path)
-    names = spec.id if spec.id == spec.folder else f"{spec.id} or {spec.folder}"
-    if not found:
-        raise SetupError(f"{spec.id}: {raw} has no folder {names}. {_expected(spec)}")
-    if len(found) > 1:
-        both = " and ".join(sorted(map(str, found.values())))
-        raise SetupError(f"{spec.id}: both {both} exist. Keep one.")
-    root = next(iter(found.values()))
-    if not _entries(root):
-        raise SetupError(f"{spec.id}: {root} is empty. {_expected(spec)}")
-    return root
+    return list(found.values())
 
 
 def find_sources(spec: DatasetSpec, root: Path, names: NameKey | None = None) -> list[ImageSource]:
@@ -409,12 +415,19 @@ def _inside(start: Path, location: str) -> str | None:
     return (PurePosixPath(start.as_posix()) / path).as_posix()
 
 
-def _expected(spec: DatasetSpec) -> str:
+def expected_layout(spec: DatasetSpec) -> str:
     """The layout in words, for who has none of it."""
     patterns: list[str] = []
     for group in spec.images:
         patterns += group.globs
         if group.table is not None:
             patterns.append(f"{' or '.join(group.table.files)} with the folders it lists")
-    origin = f" It is offered at {spec.origin}." if spec.origin else ""
-    return f"Expected below {spec.folder}/: {'; '.join(dict.fromkeys(patterns))}.{origin}"
+    return f"Expected below {spec.folder}/: {'; '.join(dict.fromkeys(patterns))}."
+
+
+def _expected(spec: DatasetSpec) -> str:
+    address = spec.access.address if spec.access is not None else None
+    offered = f" It is offered at {address}." if address else ""
+    if spec.download is not None or (spec.access is not None and spec.access.steps):
+        offered += f" `pumit-data download {spec.id}` gets it, or says how to."
+    return f"{expected_layout(spec)}{offered}"

@@ -63,7 +63,7 @@ def _with_kinds(modalities: Iterable[str]) -> list[str]:
 
 def list_as_json(specs: Iterable[DatasetSpec], ingested: set[str]) -> list[dict[str, Any]]:
     """The facts of the list, one entry a dataset."""
-    facts = {"id", "title", "folder", "licence", "access", "origin", "citation", "published", "left_out"}
+    facts = {"id", "title", "folder", "licence", "access", "download", "citation", "published", "left_out"}
     return [
         spec.model_dump(mode="json", include=facts) | _derived(spec) | {"ingested": spec.id in ingested}
         for spec in specs
@@ -90,7 +90,7 @@ def list_table(specs: Sequence[DatasetSpec], ingested: set[str], width: int) -> 
             "body parts": ", ".join(spec.body_parts),
             "formats": ", ".join(spec.formats),
             "licence": spec.licence or "not stated",
-            "access": spec.access or "unknown",
+            "access": spec.access.kind if spec.access is not None else "unknown",
             "ingested": "yes" if spec.id in ingested else "",
         }
         table.add_row(*(Text(cells[name]) for name in shown))
@@ -149,11 +149,17 @@ def render(spec: DatasetSpec, ingested: bool, console: Console) -> None:
 
 def how_to_obtain(spec: DatasetSpec) -> list[tuple[str, str]]:
     """Where the publisher offers the dataset and under which conditions, as (label, text)."""
-    return [
-        ("licence", spec.licence or "not stated"),
-        ("access", spec.access or "unknown"),
-        ("offered at", spec.origin or "unknown"),
-    ]
+    access = spec.access
+    told = [("licence", spec.licence or "not stated"), ("access", access.kind if access else "unknown")]
+    if access is not None:
+        offered = ", ".join(filter(None, [access.host, access.collection, access.address]))
+        told.append(("offered at", offered or "unknown"))
+    if spec.download is not None:
+        told.append(("to get it", f"pumit-data download {spec.id}"))
+    elif access is not None:
+        steps = enumerate(access.steps, start=1)
+        told += [("to get it" if number == 1 else "", f"{number}. {step}") for number, step in steps]
+    return told
 
 
 def _facts(spec: DatasetSpec) -> list[tuple[str, str]]:

@@ -24,6 +24,13 @@ _log = logging.getLogger(__name__)
 
 _VOLUME_KEY = re.compile(r"#\d{4,}$")
 """The ending that the volumes of one file get."""
+_RENAME_ODD = (
+    "the name has control characters or is no valid Unicode, spelled out here with backslashes. Rename it."
+)
+_RENAME_VOLUME = "the name ends in '#' and digits, as only the keys of a file's volumes do. Rename it."
+_MEND_TABLE = (
+    "the table that lists it leads out of the dataset's folder. Correct that line; nothing there was read."
+)
 
 
 def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
@@ -89,7 +96,16 @@ def find_sources(spec: DatasetSpec, root: Path) -> list[ImageSource]:
 
 
 def _source(spec: DatasetSpec, group: ImageGroup, root: Path, path: str, name: str) -> ImageSource:
-    """Describe one path; `name` is its NFC form, which rules and keys go by."""
+    """Describe one path; `name` is its NFC form, which rules and keys go by.
+
+    A path that cannot be used gets a source that fails, so that it stops none of the others.
+    """
+    if not name.isprintable():
+        # A row needs text: what is none is spelled out, and there is no need to find the file again.
+        path = name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+        return _unusable(spec, group, root, path, "unusable_name", _RENAME_ODD)
+    if _leads_out(name):
+        return _unusable(spec, group, root, path, "outside_root", _MEND_TABLE)
     match = re.fullmatch(group.path, name, re.IGNORECASE)
     if match is None:
         raise SetupError(
@@ -99,11 +115,13 @@ def _source(spec: DatasetSpec, group: ImageGroup, root: Path, path: str, name: s
     parts = match.groupdict(default="")
     key = group.key.format_map(parts)
     subject = key if group.subject is None else group.subject.format_map(parts)
-    if not key or not subject or _VOLUME_KEY.search(key) or not name.isprintable():
+    if not key or not subject:
         raise SetupError(
-            f"{spec.id}: {path!r} gives the key {key!r} and the subject {subject!r}. Neither may be empty, "
-            "the key may not end in '#' and digits, and names must be printable Unicode. Rename the file."
+            f"{spec.id}: {path!r} gives the key {key!r} and the subject {subject!r}. Neither may be empty: "
+            "rename the file, or extend `key` or `subject` in datasets.yaml."
         )
+    if _VOLUME_KEY.search(key):
+        return _unusable(spec, group, root, path, "unusable_name", _RENAME_VOLUME)
     rule = next((rule for rule in group.modality if re.search(rule.match, name, re.IGNORECASE)), None)
     if rule is None:
         raise SetupError(f"{spec.id}: no `modality` rule in datasets.yaml matches {path}.")
@@ -127,11 +145,32 @@ def _source(spec: DatasetSpec, group: ImageGroup, root: Path, path: str, name: s
     )
 
 
+def _unusable(
+    spec: DatasetSpec, group: ImageGroup, root: Path, path: str, reason: str, message: str
+) -> ImageSource:
+    """A source that fails with a reason. Its path is its key, for the rules may not be able to tell one."""
+    rule = group.modality[0]
+    return ImageSource(
+        dataset=spec.id,
+        key=path,
+        subject=path,
+        path=path,
+        root=root,
+        format=group.format,
+        dimension=group.dimension,
+        modality=rule.modality,
+        upstream_modality=rule.upstream_modality or group.upstream_modality or rule.modality,
+        failure=(reason, message),
+    )
+
+
 def _paths(spec: DatasetSpec, group: ImageGroup, root: Path) -> set[str]:
     """What the globs or the table of a group find, relative to the root."""
     if group.table is not None:
         return _listed(spec, group.table, root)
-    return {path.relative_to(root).as_posix() for glob in group.globs for path in _glob(root, glob)}
+    found = {path.relative_to(root).as_posix() for glob in group.globs for path in _glob(root, glob)}
+    # Some unpackers make a folder x.nii with x.nii in it: no image but the one inside.
+    return found - {path.rpartition("/")[0] for path in found}
 
 
 def _glob(root: Path, glob: str) -> Iterator[Path]:
@@ -170,8 +209,8 @@ def _expand(
                 yield from _expand(path, rest, folders=folders)
             elif dangling:
                 _log.warning("%s is a link that leads nowhere; what it stood for is not found.", path)
-        elif dangling or (_is_folder(entry) if folders else entry.is_file()):
-            yield path
+        elif dangling or (_is_folder(entry) if folders else not _is_folder(entry) or "." in part):
+            yield path  # pipes, and folders named as files, too: reading them fails with a reason
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -200,7 +239,7 @@ def _listed(spec: DatasetSpec, table: Table, root: Path) -> set[str]:
     if not files:
         raise SetupError(f"{spec.id}: {root} has no {' or '.join(table.files)}. {_expected(spec)}")
     listed = {folder for file in files for folder in _rows(spec, table, root, file)}
-    present = {folder for folder in listed if (root / folder).is_dir()}
+    present = {folder for folder in listed if _leads_out(folder) or (root / folder).is_dir()}
     if present != listed:
         _log.warning("%s: %d of %d listed series are not there.", spec.id, len(listed - present), len(listed))
     return present
@@ -224,23 +263,21 @@ def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[s
                 if any(values[column].casefold() != value for column, value in wanted.items()):
                     continue
                 location = values[table.folder_column.casefold()]
-                folder = _inside(file.parent.relative_to(root), location)
-                if folder is None:
+                path = PurePosixPath(location.replace("\\", "/"))
+                if not path.parts:
                     raise SetupError(
                         f"{spec.id}: {file}, line {lines.line_num}: {table.folder_column!r} must name a "
                         f"folder below that of the table, not {location!r}."
                     )
-                yield folder
+                # A row that leads out of the table's folder stays as it is, and fails alone.
+                leads_out = _leads_out(path.as_posix())
+                yield path.as_posix() if leads_out else (file.parent.relative_to(root) / path).as_posix()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SetupError(f"{spec.id}: {file} cannot be read as CSV: {error}.") from error
 
 
-def _inside(start: Path, location: str) -> str | None:
-    """A table's `./a/b` or `.\\a\\b` relative to the root; None where it leaves the table's folder."""
-    path = PurePosixPath(location.replace("\\", "/"))
-    if path.is_absolute() or not path.parts or ".." in path.parts or ":" in path.parts[0]:
-        return None
-    return (PurePosixPath(start.as_posix()) / path).as_posix()
+def _leads_out(path: str) -> bool:
+    return path.startswith("/") or ".." in PurePosixPath(path).parts
 
 
 def _expected(spec: DatasetSpec) -> str:

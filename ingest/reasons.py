@@ -22,7 +22,7 @@ EXCLUSIONS: dict[str, str] = {
     "no_pixels": "The file has no pixel data, or an axis of length zero.",
     "constant": "All voxels have one value.",
     "empty_crop": "No voxel is above the crop threshold in all channels.",
-    "not_finite": "Voxels are NaN or infinite.",
+    "not_finite": "Voxels are NaN or infinite, or too large for 32-bit floats.",
     "transparent": "The image has transparent pixels.",
     "unsupported_layout": "More axes or channels than an image has here.",
 }
@@ -33,7 +33,9 @@ FAILURES: dict[str, str] = {
     "no_permission": "The process may not read the file.",
     "vanished": "The file was there at discovery and is gone.",
     "outside_root": "A link or '..' in the path leads outside the dataset's folder; nothing there is read.",
-    "too_large": "The header announces more voxels than the limit, or memory does not hold them.",
+    "not_a_file": "A folder, pipe, socket, device or endless link has the name of an image file.",
+    "unusable_name": "The name has control characters, is no Unicode, or ends as the key of a volume does.",
+    "too_large": "More voxels or images than the limit, a file of that size, or memory can hold.",
     "worker_lost": "The worker process died while it read the image, most likely for lack of memory.",
     "internal": "A fault of this program: an error that no rule foresees. Please report it.",
 }

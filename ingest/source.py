@@ -34,6 +34,8 @@ class ImageSource:
     share_weight: bool = False
     exclude: tuple[str, str] | None = None
     """(reason code, message) when datasets.yaml leaves this source out by name."""
+    failure: tuple[str, str] | None = None
+    """(reason code, message) when its name alone tells that it cannot be read."""
 
     @property
     def file(self) -> Path:

@@ -220,7 +220,7 @@ def _check_compressed(source: ImageSource, header: _Header, announced: int) -> N
                 raise FailedImage(
                     "unreadable",
                     f"{name(source)}: goes on for over {MAX_REST} bytes after its last voxel. "
-                    "The header is damaged.",
+                    "The header is damaged: download it again.",
                 )
 
 

@@ -133,7 +133,8 @@ def _shape(source: ImageSource, header: Any) -> tuple[int, ...]:
     lengths = [int(n) for n in header["dim"][1 : max(axes, 0) + 1]]
     if not 1 <= axes <= 7 or min(lengths) < 0:
         raise FailedImage(
-            "unreadable", f"{name(source)}: {axes} axes of lengths {lengths}. The header is damaged."
+            "unreadable",
+            f"{name(source)}: {axes} axes of lengths {lengths}. The header is damaged: download it again.",
         )
     if 0 in lengths:
         raise ExcludedImage("no_pixels", f"{name(source)}: shape {tuple(lengths)} has an axis of length zero.")
@@ -177,7 +178,9 @@ def _dtype(source: ImageSource, header: Any) -> np.dtype[Any]:
         )
     if dtype.kind not in "iuf":
         raise FailedImage(
-            "unreadable", f"{name(source)}: data type {int(header['datatype'])} has no reader here."
+            "unreadable",
+            f"{name(source)}: data type {int(header['datatype'])} has no reader here. "
+            "Convert it to int16 or float32.",
         )
     return dtype
 
@@ -188,7 +191,9 @@ def _scaling(source: ImageSource, header: Any) -> tuple[float, float]:
     if slope == 0 or not math.isfinite(slope):
         return 1.0, 0.0
     if not math.isfinite(intercept):
-        raise FailedImage("unreadable", f"{name(source)}: scl_inter is {intercept}. The header is damaged.")
+        raise FailedImage(
+            "unreadable", f"{name(source)}: scl_inter is {intercept}. The header is damaged: download it again."
+        )
     return slope, intercept
 
 
@@ -264,5 +269,5 @@ def _finish(source: ImageSource, stream: BinaryIO) -> None:
                 raise FailedImage(
                     "unreadable",
                     f"{name(source)}: goes on for over {MAX_REST} bytes after its last voxel. "
-                    "The header is damaged.",
+                    "The header is damaged: download it again.",
                 )

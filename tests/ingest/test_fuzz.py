@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz_readers import RESIDENT, Finding, Fuzzer, all_seeds, fuzz, ingest_case
+from ingest.source import Format
+from tests.fuzz_readers import REPOSITORY, RESIDENT, Finding, Fuzzer, all_seeds, fuzz, ingest_case
 from tests.seeds import Seed, seeds
 
 QUICK, LONG = 300, 15_000
@@ -31,7 +32,7 @@ def findings(pool: list[Seed], first: int, number: int) -> tuple[list[Finding], 
     return found, statuses
 
 
-def test_no_spoiled_file_gets_through(samples: Path) -> None:
+def test_no_spoiled_file_gets_through() -> None:
     found, statuses = findings(all_seeds(), 0, QUICK)
     assert found == []
     # Were all refused at the first look, nothing behind the headers would be tried.
@@ -43,6 +44,33 @@ def test_no_spoiled_file_gets_through(samples: Path) -> None:
 def test_no_spoiled_file_gets_through_a_longer_run(samples: Path) -> None:
     found, _ = findings(all_seeds([samples]), 10**6, LONG)
     assert found == []
+
+
+REGRESSED = REPOSITORY / "tests" / "regressions"
+REGRESSIONS: dict[str, tuple[Format, int, str, set[tuple[str, str]]]] = {
+    # folder of tests/regressions: format, dimension, path, outcome
+    "label-is-a-list": ("dicom", 3, ".", {("ingested", "")}),
+    "more-axes-than-room": ("itk", 3, "case.mhd", {("failed", "unreadable")}),
+    "pixels-of-4-gigabytes": ("dicom", 2, ".", {("failed", "unreadable")}),
+    "element-of-4-gigabytes": ("dicom", 2, ".", {("failed", "unreadable")}),
+    "big-endian-element-of-4-gigabytes": ("dicom", 3, ".", {("failed", "unreadable")}),
+}
+"""What longer runs have found, and what must become of it."""
+
+
+def test_what_was_found_before_stays_mended() -> None:
+    fuzzer = Fuzzer()
+    try:
+        for name, (image_format, dimension, path, expected) in REGRESSIONS.items():
+            files = {file.name: file.read_bytes() for file in (REGRESSED / name).iterdir()}
+            problem, outcomes = fuzzer.try_out(Seed(name, image_format, dimension, files, path))
+            assert (name, problem, set(outcomes)) == (name, None, expected)
+    finally:
+        fuzzer.close()
+
+
+def test_every_kept_file_is_tried() -> None:
+    assert {folder.name for folder in REGRESSED.iterdir()} == REGRESSIONS.keys()
 
 
 def misbehave(seed: Seed, folder: Path) -> Counter[tuple[str, str]]:

@@ -417,6 +417,15 @@ def _volumes() -> Iterable[Hostile]:
         header_text("case.mhd", ElementDataFile="../" * 20 + "etc/passwd"),
     )
     yield volume("data-absolute.mhd", "outside_root", header_text("case.mhd", ElementDataFile="/etc/passwd"))
+    for separator, key in (
+        ("colon", "ElementDataFile : {}"),
+        ("lower-case", "elementdatafile = LOCAL\nElementDataFile = {}"),
+    ):
+        header = itk(numbers(6, 7, 8), "case.mha")["case.mha"]
+        disguised = header.replace(
+            b"ElementDataFile", key.format("/etc/passwd").encode() + b"\nElementDataFile", 1
+        )
+        yield volume(f"data-outside-by-{separator}.mha", "unreadable", disguised)
     yield volume("data-in-list.mhd", "unsupported_layout", header_text("case.mhd", ElementDataFile="LIST"))
     yield volume("data-is-pipe.mhd", "not_a_file", header_text("case.mhd", ElementDataFile="pipe.nii"))
     yield volume("data-nowhere.mhd", "unreadable", header_text("case.mhd", ElementDataFile=""))
@@ -430,6 +439,8 @@ def _volumes() -> Iterable[Hostile]:
     yield volume(
         "nrrd-outside.nhdr", "outside_root", header_text("case.nhdr", data_file="../" * 20 + "etc/passwd")
     )
+    twice = header_text("case.nhdr", data_file="case.raw\ndatafile: /etc/passwd")
+    yield volume("nrrd-two-files.nhdr", "unreadable", twice)
     yield volume("nrrd-absurd.nrrd", "too_large", header_text("case.nrrd", sizes="99999 99999 99999"))
     yield volume("nrrd-negative.nrrd", "unreadable", header_text("case.nrrd", sizes="8 -7 6"))
     yield volume("nrrd-text.nrrd", "unreadable", header_text("case.nrrd", sizes="many 7 6"))

@@ -74,10 +74,7 @@ def read(source: ImageSource) -> Iterator[Volume]:
     if source.dimension == 3:
         _check_stated_spacing(source, header)
     with reading(source):
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO(header.io)
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
+        reader = _reader(header, path)
         geometry = _geometry(source, header, reader)
         _check_compressed(source, header, _announced(reader))
         image = reader.Execute()
@@ -102,6 +99,27 @@ def read(source: ImageSource) -> Iterator[Volume]:
         )
 
 
+def announced_shape(source: ImageSource) -> tuple[tuple[int, ...], int]:
+    """Lengths of the axes, the file's first axis first, and number of components, by the header alone.
+
+    Raises:
+        ExcludedImage, FailedImage: as `read` does.
+    """
+    path = inside_root(source, source.file)
+    with reading(source):
+        reader = _reader(_read_header(source, path), path)
+        return tuple(map(int, reader.GetSize())), int(reader.GetNumberOfComponents())
+
+
+def _reader(header: _Header, path: Path) -> Any:
+    """SimpleITK's reader, with the information of the header read."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(header.io)
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader
+
+
 def _read_header(source: ImageSource, path: Path) -> _Header:
     with path.open("rb") as file:
         if file.read(4) == b"NRRD":
@@ -121,6 +139,9 @@ def _meta_header(source: ImageSource, path: Path, file: BinaryIO) -> _Header:
                 "unreadable", f"{name(source)}: neither MetaImage nor NRRD. Convert it to .nii.gz."
             )
         key, _, value = line.decode("latin-1").partition("=")
+        # SimpleITK takes `:` for `=` and minds the case: what it reads must be the file that was looked at.
+        if line.strip().lower().startswith(b"elementdatafile") and key.strip() != "ElementDataFile":
+            raise FailedImage("unreadable", f"{name(source)}: ElementDataFile is misspelt. Correct the header.")
         fields[key.strip().lower()] = value.strip()
 
     lengths = fields.get("dimsize", "").split()
@@ -130,7 +151,7 @@ def _meta_header(source: ImageSource, path: Path, file: BinaryIO) -> _Header:
             "unreadable", f"{name(source)}: NDims and DimSize contradict each other. Download it again."
         )
     check_size(source, math.prod(map(int, lengths)))  # SimpleITK would wrap a number around
-    local = fields["elementdatafile"].lower() == "local"
+    local = fields["elementdatafile"] in ("LOCAL", "Local", "local")
     stated = fields.get("elementspacing") or fields.get("elementsize") or ""
     return _Header(
         io="MetaImageIO",
@@ -148,13 +169,19 @@ def _meta_header(source: ImageSource, path: Path, file: BinaryIO) -> _Header:
 def _nrrd_header(source: ImageSource, path: Path, file: BinaryIO) -> _Header:
     """NRRD: lines `field: value`, up to an empty line or the end of a detached header."""
     fields: dict[str, str] = {}
+    data_files = 0
     while line := file.readline(_MAX_HEADER).strip():
         if file.tell() > _MAX_HEADER:
             raise FailedImage("unreadable", f"{name(source)}: a NRRD header without end. Download it again.")
         key, separator, value = line.decode("latin-1").partition(": ")
         if separator and not key.startswith("#"):
             fields[key.lower()] = value.strip()
+        data_files += line.lower().startswith((b"data file", b"datafile"))
 
+    if data_files != len(fields.keys() & {"data file", "datafile"}) or data_files > 1:
+        raise FailedImage(
+            "unreadable", f"{name(source)}: `data file` is misspelt or stands twice. Correct the header."
+        )
     detached = fields.get("data file") or fields.get("datafile")
     skips = any(int(fields.get(key, "0")) for key in ("byte skip", "byteskip", "line skip", "lineskip"))
     directions = fields.get("space directions", "")
@@ -183,7 +210,9 @@ def _direction_lengths(text: str) -> tuple[float, ...]:
 
 
 def _data_file(source: ImageSource, path: Path, value: str) -> Path:
-    if value.split()[0].upper() == "LIST" or "%" in value:
+    if not value:
+        raise FailedImage("unreadable", f"{name(source)}: no file of voxels is named. Correct the header.")
+    if value.upper().startswith("LIST") or "%" in value:
         raise ExcludedImage(
             "unsupported_layout",
             f"{name(source)}: voxels lie in many files. Convert it to one .nrrd or .nii.gz.",

@@ -335,13 +335,18 @@ def device_possible(folder: Path) -> bool:
     return True
 
 
+def pipe_inside(path: Path) -> None:
+    series(*stack())(path)
+    os.mkfifo(path / "9.dcm")
+
+
 def table(path: Path) -> None:
     """A table of a good series and one that is not the dataset's."""
     series(*stack())(path.parent / "good")
     path.write_text("File Location\ngood\n../../elsewhere\n")
 
 
-def shutil_tree(*files: bytes) -> Callable[[Path], None]:
+def folder_of(*files: bytes) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         path.mkdir()
         for number, data in enumerate(files):
@@ -454,7 +459,7 @@ def _volumes() -> Iterable[Hostile]:
     yield volume("pipe.nii", "not_a_file", os.mkfifo)
     yield volume("socket.nii", "not_a_file", listening)
     yield volume("device.nii", "not_a_file", endless, possible=device_possible)
-    yield volume("folder.nii.gz", "not_a_file", shutil_tree(b"nothing"))
+    yield volume("folder.nii.gz", "not_a_file", folder_of(b"nothing"))
     yield volume("locked.nii", "no_permission", locked)
     yield volume("line\nbreak.nii", "unusable_name", holds(GOOD), row_path=r"volumes/line\nbreak.nii")
     yield volume("\x1b[31mred\x07.nii", "unusable_name", holds(GOOD), row_path=r"volumes/\x1b[31mred\x07.nii")
@@ -512,6 +517,7 @@ def _series() -> Iterable[Hostile]:
         after_class(struct.pack("<HH2sHI", 8, 0x17, b"UN", 0, 0xFFFFFFF0)),
         good[2],
     )
+    yield Hostile("series/pipe-inside", "not_a_file", pipe_inside)
     yield Hostile("listed/metadata.csv", INGESTED, table, row_path="listed/good")
     yield Hostile("elsewhere", "outside_root", lambda _: None, row_path="../../elsewhere")
 

@@ -93,16 +93,17 @@ def _interpret(pixels: Voxels, pixel_format: PixelFormat, shift: int) -> Voxels:
 
 def _check_frame_size(encoded: bytes, pixel_format: PixelFormat) -> None:
     """Compare the size that an encoded frame announces with the header's: decoders take memory for theirs."""
-    if (start := encoded.find(b"\xff\x4f\xff\x51")) >= 0:  # JPEG 2000: the whole less its offset
-        right, bottom, left, top = struct.unpack_from(">4I", encoded, start + 8)
-        size = bottom - top, right - left
-    else:
+    if encoded.startswith(b"\xff\xd8"):
         place = 2
         while encoded[place + 1] not in _FRAME_HEADERS:
             # 0xFF may be repeated before a marker; any other segment tells its length.
             fill = encoded[place + 1] == 0xFF
             place += 1 if fill else 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
         size = struct.unpack_from(">2H", encoded, place + 5)
+    else:  # JPEG 2000: the whole less its offset
+        start = encoded.index(b"\xff\x4f\xff\x51")
+        right, bottom, left, top = struct.unpack_from(">4I", encoded, start + 8)
+        size = bottom - top, right - left
     if size != (pixel_format.rows, pixel_format.columns):
         raise ValueError(f"a frame of {size}, the header states {pixel_format.rows, pixel_format.columns}")
 

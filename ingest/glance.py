@@ -297,7 +297,7 @@ def _glance_file(folder: Path, path: str, kind: Format) -> Glance | None:
     if kind == "raster":
         return _seen(path, kind, 2, False, "a picture file")
     try:
-        shape, volumes = (_nifti_shape if kind == "nifti" else _itk_shape)(folder / path)
+        shape, volumes = _nifti_shape(folder / path) if kind == "nifti" else _itk_shape(folder, path)
     except Exception:
         # Damaged, or named as what it is not: reading it tells why, in the words of its reader.
         return _seen(path, kind, 3, False, "its header cannot be read: taken as 3-D")
@@ -326,15 +326,12 @@ def _nifti_shape(file: Path) -> tuple[tuple[int, int, int], int]:
     return _spatial(nib.load(file).header.get_data_shape())
 
 
-def _itk_shape(file: Path) -> tuple[tuple[int, int, int], int]:
-    import SimpleITK as sitk  # noqa: N813 - the name its documentation uses
+def _itk_shape(folder: Path, path: str) -> tuple[tuple[int, int, int], int]:
+    from ingest.readers.itk import announced_shape
 
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    reader.ReadImageInformation()
-    shape, volumes = _spatial(reader.GetSize())
-    components = reader.GetNumberOfComponents()
+    image = _seen(path, "itk", 3, False, "")
+    lengths, components = announced_shape(as_source(folder, image, dataset="guess", key="guess"))
+    shape, volumes = _spatial(lengths)
     colours = components == 3 and shape[2] == 1
     return shape, volumes * (1 if colours else components)
 

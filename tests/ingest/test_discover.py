@@ -6,6 +6,7 @@ What it finds in the official layout of every source: test_official_layouts.py.
 from __future__ import annotations
 
 import csv
+import os
 import random
 import unicodedata
 from pathlib import Path
@@ -161,9 +162,6 @@ def test_a_file_belongs_to_one_group(tmp_path: Path) -> None:
             "p/a.nii.gz",
             "no `modality` rule .*matches p/a.nii.gz",
         ),
-        ({}, "p/a#0003.nii.gz", "may not end in '#' and digits"),
-        ({}, "p/a\n.nii.gz", "does not match `path`|printable"),
-        ({}, "p/a\udcff.nii.gz", "printable"),
         ({"key": "{extra}", "path": "(?P<patient>.)(?P<extra>x)?/.*"}, "p/a.nii.gz", "the key ''"),
     ],
 )
@@ -174,6 +172,35 @@ def test_paths_that_the_rules_cannot_describe(
     with pytest.raises(SetupError, match=message) as caught:
         find_sources(spec_of(**({"subject": None} if "key" in group else {}), **group), tmp_path)
     assert str(caught.value).startswith("own: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("p/a#0003.nii.gz", "p/a#0003.nii.gz"),
+        ("p/a\n.nii.gz", r"p/a\n.nii.gz"),
+        ("p/a\udcff.nii.gz", r"p/a\udcff.nii.gz"),
+        ("p\x1b[2J/\u202ea.nii.gz", r"p\x1b[2J/\u202ea.nii.gz"),
+    ],
+)
+def test_a_name_that_no_row_can_hold_fails_alone(tmp_path: Path, path: str, key: str) -> None:
+    touch(tmp_path, path, "p/good.nii.gz")
+    sources = {source.key: source for source in find_sources(spec_of(), tmp_path)}
+    assert sources.keys() == {key, "p-good"}
+    assert sources[key].failure is not None
+    assert sources[key].failure[0] == "unusable_name"
+    assert sources[key].path == key
+    assert sources["p-good"].failure is None
+
+
+def test_what_is_no_file_is_listed_like_one(tmp_path: Path) -> None:
+    """Reading it fails with a reason; a folder that an unpacker made around an image is no image of its own."""
+    touch(tmp_path, "p/a.nii.gz", "p/b.nii.gz/b.nii.gz", "p/c.nii.gz/readme.txt")
+    os.mkfifo(tmp_path / "p/d.nii.gz")
+    spec = spec_of(
+        globs=["**/*.nii.gz"], path=r"p/(?:[^/]+/)?(?P<name>[^/.]+)\.nii\.gz", key="{name}", subject=None
+    )
+    assert keys(spec, tmp_path) == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("beside", [[], ["amos22/labelsTr/amos_0001.nii.gz", "readme.md"]])
@@ -289,14 +316,22 @@ def test_listed_series_that_are_not_there_are_told(tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.parametrize(
-    "location",
-    ["../elsewhere", f"./LIDC-IDRI/../../{SERIES}", "/etc", "C:\\scans", "\\\\server\\scans", "", "./"],
+    "location", ["../elsewhere", f"./LIDC-IDRI/../../{SERIES}", "/etc", "\\\\server\\scans", "../missing"]
 )
 def test_a_table_cannot_lead_outside(tmp_path: Path, location: str) -> None:
     touch(tmp_path, f"lidc-idri/{SERIES}/1.dcm", "elsewhere/1.dcm")
     write_tcia_table(tmp_path / "lidc-idri/metadata.csv", [series_row(SERIES), series_row(location)])
+    sources = find_sources(get_spec("lidc-idri"), tmp_path / "lidc-idri")
+    failures = {source.path == SERIES: source.failure and source.failure[0] for source in sources}
+    assert failures == {True: None, False: "outside_root"}
+
+
+@pytest.mark.parametrize("location", ["", "./"])
+def test_a_row_of_a_table_must_name_a_folder(tmp_path: Path, location: str) -> None:
+    touch(tmp_path, f"{SERIES}/1.dcm")
+    write_tcia_table(tmp_path / "metadata.csv", [series_row(SERIES), series_row(location)])
     with pytest.raises(SetupError, match=r"metadata\.csv, line 3: 'File Location' must name a folder below"):
-        find_sources(get_spec("lidc-idri"), tmp_path / "lidc-idri")
+        find_sources(get_spec("lidc-idri"), tmp_path)
 
 
 def test_rows_of_other_modalities_may_hold_anything(tmp_path: Path) -> None:

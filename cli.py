@@ -22,7 +22,8 @@ import typer
 from catalog.errors import SetupError
 
 if TYPE_CHECKING:
-    from ingest.run import IngestPlan, IngestReport, Outcomes
+    from ingest.run import IngestPlan, IngestReport
+    from ingest.task import Outcomes
 
 _WIDTH_OF_A_FILE = 140
 """Columns of tables that go to a file or a pipe."""
@@ -347,7 +348,7 @@ def _run_plans(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ingest.cluster import open_client
+    from ingest.cluster import dashboard_of, open_client
     from ingest.report import by_status
     from ingest.run import ingest_dataset
 
@@ -361,11 +362,14 @@ def _run_plans(
     with ExitStack() as stack:
         # A cluster takes a second to start: not for a rerun that finds everything done.
         idle = not any(plan.pending for plan in plans)
-        client = None if idle else stack.enter_context(open_client(workers, scheduler))
+        largest = max(plan.sources.largest_bytes for plan in plans)
+        client = None if idle else stack.enter_context(open_client(workers, scheduler, largest))
+        if client is not None and (dashboard := dashboard_of(client)):
+            _console(stderr=True).print(f"Dashboard: {dashboard}", markup=False)
         bars = stack.enter_context(Progress(*columns, console=_console(stderr=True)))
         reports = []
         for plan in plans:
-            bar = bars.add_task(plan.spec.id, total=len(plan.pending), counts="")
+            bar = bars.add_task(plan.spec.id, total=plan.pending, counts="")
 
             def show(done: int, total: int, outcomes: Outcomes, bar: Any = bar) -> None:
                 counts = ", ".join(f"{number} {status}" for status, number in by_status(outcomes).items())

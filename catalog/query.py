@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -84,6 +84,22 @@ def read_table(
             partitioning=None,  # `dataset=...` in the path repeats a column that the file has
             page_checksum_verification=True,
         )
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
+
+
+def read_batches(
+    path: Path, remedy: str, columns: Sequence[str] | None = None, rows: int = 1 << 16
+) -> Iterator[pa.Table]:
+    """The rows of a Parquet file of the corpus in order, at most `rows` at a time; else as `read_table`."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            _refuse_newer(path, file.schema_arrow)
+            wanted = None if columns is None else list(columns)
+            for batch in file.iter_batches(batch_size=rows, columns=wanted):
+                yield pa.Table.from_batches([batch])
     except (FileNotFoundError, PermissionError):
         raise
     except (pa.ArrowInvalid, OSError) as error:

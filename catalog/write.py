@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+import secrets
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,10 +15,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from catalog.corpus import Corpus
-from catalog.query import read_table
+from catalog.merge import SortedKeys, SortedRuns, merged, regrouped
+from catalog.query import read_batches
 from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA
+from catalog.scratch import NameSet
 
 Rows: TypeAlias = "pa.Table | Sequence[Mapping[str, Any]]"
+
+_GROUP_ROWS = 1 << 16
+_PREVIEW_GROUP_ROWS = 1 << 10
+_PREVIEWS_HELD = 1 << 13
+_BATCH_ROWS = 1 << 13
+_UNFINISHED = ".tmp-"
 
 _VOCABULARY = {"status": ("ingested", "excluded", "failed"), "split": ("train", "validation")}
 
@@ -36,42 +47,95 @@ def merge_dataset(
     Raises ValueError if a row breaks the schema, comes twice or is of another dataset, or a preview has no
     row; SetupError if the earlier file is damaged; OSError if the disk is full (the earlier files stay).
     """
-    new = _conform(dataset, rows, CATALOG_SCHEMA)
-    new_previews = _conform(dataset, previews, PREVIEW_SCHEMA)
-    for name, words in _VOCABULARY.items():
-        if unknown := set(pc.unique(new[name]).to_pylist()) - set(words):
-            raise ValueError(f"{dataset}: {name} must be one of {words}, got {sorted(unknown)}")
+    merge_batches(corpus, dataset, [(rows, previews, reread)])
+
+
+def merge_batches(corpus: Corpus, dataset: str, batches: Iterable[tuple[Rows, Rows, Collection[str]]]) -> None:
+    """As `merge_dataset`, of (rows, previews, reread) in any number of parts: memory does not grow with it."""
+    file, preview_file = corpus.catalog_file(dataset), corpus.preview_file(dataset)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for path in (file, preview_file):
+        remove_unfinished(path)
+    images = SortedRuns(CATALOG_SCHEMA, file.parent, _GROUP_ROWS)
+    pictures = SortedRuns(PREVIEW_SCHEMA, file.parent, _PREVIEWS_HELD)
+    new_keys, reread_paths = NameSet(), NameSet()
+    for rows, previews, reread in batches:
+        new = _conform(dataset, rows, CATALOG_SCHEMA)
+        for name, words in _VOCABULARY.items():
+            if unknown := set(pc.unique(new[name]).to_pylist()) - set(words):
+                raise ValueError(f"{dataset}: {name} must be one of {words}, got {sorted(unknown)}")
+        new_previews = _conform(dataset, previews, PREVIEW_SCHEMA)
+        if strays := new_previews.filter(pc.invert(pc.is_in(new_previews["key"], new["key"])))[
+            "key"
+        ].to_pylist():
+            raise ValueError(f"{dataset}: previews without a row: {strays[:5]}")
+        images.add(new)
+        pictures.add(new_previews)
+        new_keys.add(new["key"].to_pylist())
+        reread_paths.add(reread)
 
     remedy = f"Restore it, or delete it and type `make ingest DATASET={dataset}`."
-    old = _earlier(corpus.catalog_file(dataset), CATALOG_SCHEMA, remedy)
-    old_previews = _earlier(corpus.preview_file(dataset), PREVIEW_SCHEMA, remedy)
-    gone = pc.or_(_is_in(old["source_path"], list(reread)), _is_in(old["key"], new["key"]))
-    kept = old.filter(pc.invert(gone))
-    kept_previews = old_previews.filter(_is_in(old_previews["key"], kept["key"]))
 
-    images = pa.concat_tables([kept, new])
-    pictures = pa.concat_tables([kept_previews, new_previews])
-    if strays := pictures.filter(pc.invert(_is_in(pictures["key"], images["key"])))["key"].to_pylist():
-        raise ValueError(f"{dataset}: previews without a row: {strays[:5]}")
-    write_table(corpus.preview_file(dataset), pictures.sort_by("key"), compression="none", row_group_size=1024)
-    write_table(corpus.catalog_file(dataset), images.sort_by("key"), compression="zstd")
+    def earlier(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+        """What stays of a file: the rows that no new one replaces."""
+        for table in read_batches(path, remedy, rows=_BATCH_ROWS) if path.is_file() else ():
+            kept = table.select(schema.names).cast(schema)
+            kept = kept.filter(pc.invert(new_keys.mask(kept["key"])))
+            if "source_path" in schema.names:
+                kept = kept.filter(pc.invert(reread_paths.mask(kept["source_path"])))
+            yield kept
+
+    def with_a_row(tables: Iterator[pa.Table], keys: SortedKeys) -> Iterator[pa.Table]:
+        return (table.filter(keys.mask(table["key"])) for table in tables)
+
+    rows_now = _without_repeats(dataset, merged([earlier(file, CATALOG_SCHEMA), images.sorted()]))
+    with replacing(file) as unfinished:
+        _write_groups(unfinished, rows_now, CATALOG_SCHEMA, _GROUP_ROWS, compression="zstd")
+        keys_now = SortedKeys(read_batches(unfinished, remedy, ["key"]))
+        pictures_now = with_a_row(merged([earlier(preview_file, PREVIEW_SCHEMA), pictures.sorted()]), keys_now)
+        with replacing(preview_file) as unfinished_previews:
+            _write_groups(
+                unfinished_previews, pictures_now, PREVIEW_SCHEMA, _PREVIEW_GROUP_ROWS, compression="none"
+            )
 
 
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Replace a Parquet file by one rename, with a checksum in every page; `options` as of ParquetWriter.
 
-    Equal tables give equal bytes. Only one process may write a path at a time.
+    The folder must be there. Equal tables give equal bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
+    with replacing(path) as unfinished:
         # One chunk a column: how a table was put together must not show in the pages.
-        pq.write_table(table.combine_chunks(), temporary, write_page_checksum=True, **options)
-        sync(temporary)
-        temporary.replace(path)
+        pq.write_table(table.combine_chunks(), unfinished, write_page_checksum=True, **options)
+
+
+def write_sorted(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """As `write_table`, of a stream: row groups are cut at the same rows however the stream is cut."""
+    with replacing(path) as unfinished:
+        _write_groups(unfinished, tables, schema, _GROUP_ROWS, compression="zstd")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file name to write to, which takes the place of `path` at the end of the block, by one rename.
+
+    Its name is its own: two processes that write one path, as a worker thought dead and its successor may,
+    do not meet in it. Only a process that is killed leaves it behind: see `remove_unfinished`.
+    """
+    unfinished = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}-{path.name}")
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed processes left of `path`. Only for who alone may write it."""
+    for leftover in path.parent.glob(f"{_UNFINISHED}*-{escape(path.name)}"):
+        leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -104,11 +168,19 @@ def _conform(dataset: str, rows: Rows, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _earlier(path: Path, schema: pa.Schema, remedy: str) -> pa.Table:
-    if not path.is_file():
-        return schema.empty_table()
-    return read_table(path, remedy).select(schema.names).cast(schema)
+def _without_repeats(dataset: str, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The sorted stream itself; ValueError where a key comes twice."""
+    for table in tables:
+        keys = table["key"].combine_chunks()
+        if (twice := keys[1:].filter(pc.equal(keys[1:], keys[:-1]))).to_pylist():
+            raise ValueError(f"{dataset}: keys given twice: {twice.unique().to_pylist()[:5]}")
+        yield table
 
 
-def _is_in(column: pa.ChunkedArray, values: pa.ChunkedArray | list[str]) -> pa.ChunkedArray:
-    return pc.is_in(column, value_set=pa.array(values, pa.string()) if isinstance(values, list) else values)
+def _write_groups(
+    path: Path, tables: Iterable[pa.Table], schema: pa.Schema, rows: int, compression: str
+) -> None:
+    with pq.ParquetWriter(path, schema, compression=compression, write_page_checksum=True) as writer:
+        for group in regrouped(tables, rows):
+            # Taken anew: neither chunks nor offsets must show in the pages.
+            writer.write_table(group.take(pa.array(range(group.num_rows))), row_group_size=rows)

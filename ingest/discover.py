@@ -47,7 +47,7 @@ def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
         both = " and ".join(sorted(map(str, found.values())))
         raise SetupError(f"{spec.id}: both {both} exist. Keep one.")
     root = next(iter(found.values()))
-    if not _entries(root):
+    if not any(_entries(root)):
         raise SetupError(f"{spec.id}: {root} is empty. {_expected(spec)}")
     return root
 
@@ -63,29 +63,49 @@ def find_sources(spec: DatasetSpec, root: Path) -> list[ImageSource]:
         SetupError: nothing found; a path that the rules cannot describe; two images with one key; a table that
             is missing, malformed or lists a folder outside the dataset.
     """
-    by_path: dict[str, ImageSource] = {}
+    by_path: dict[str, tuple[int, ImageSource]] = {}
+    for number, source in stream_sources(spec, root):
+        group, _ = by_path.setdefault(source.path, (number, source))
+        if group != number:
+            raise found_twice(spec, source.path, number)
     by_key: dict[str, ImageSource] = {}
+    for path in sorted(by_path):
+        _, source = by_path[path]
+        other = by_key.setdefault(source.key, source)
+        if other is not source:
+            raise same_key(spec, source.key, other.path, path)
+    if not by_key:
+        raise nothing_found(spec, root)
+    return [by_key[key] for key in sorted(by_key)]
+
+
+def stream_sources(spec: DatasetSpec, root: Path) -> Iterator[tuple[int, ImageSource]]:
+    """Images of a dataset as they are met, each with the number of its `images` group; nothing is held.
+
+    In no order; one that several globs of a group match comes several times. Whether paths and keys are
+    unique is for the caller to see. Otherwise as `find_sources`.
+    """
     ignored = [re.compile(pattern, re.IGNORECASE) for pattern in spec.ignore]
     for number, group in enumerate(spec.images):
-        for path in sorted(_paths(spec, group, root)):
+        for path in _paths(spec, group, root):
             name = unicodedata.normalize("NFC", path)
-            if any(pattern.search(name) for pattern in ignored):
-                continue
-            if path in by_path:
-                raise SetupError(
-                    f"{spec.id}: {path} is found by two of the `images` groups, the last [{number}]."
-                )
-            source = _source(spec, group, root, path, name)
-            other = by_key.setdefault(source.key, source)
-            if other is not source:
-                raise SetupError(
-                    f"{spec.id}: {other.path} and {path} both have the key {source.key!r}. If one is a copy, "
-                    "move it away; else the `key` in datasets.yaml needs more of the path."
-                )
-            by_path[path] = source
-    if not by_key:
-        raise SetupError(f"{spec.id}: no image found in {root}. {_expected(spec)}")
-    return [by_key[key] for key in sorted(by_key)]
+            if not any(pattern.search(name) for pattern in ignored):
+                yield number, _source(spec, group, root, path, name)
+
+
+def found_twice(spec: DatasetSpec, path: str, group: int) -> SetupError:
+    return SetupError(f"{spec.id}: {path} is found by two of the `images` groups, the last [{group}].")
+
+
+def same_key(spec: DatasetSpec, key: str, path: str, other: str) -> SetupError:
+    return SetupError(
+        f"{spec.id}: {path} and {other} both have the key {key!r}. If one is a copy, move it away; else the "
+        "`key` in datasets.yaml needs more of the path."
+    )
+
+
+def nothing_found(spec: DatasetSpec, root: Path) -> SetupError:
+    return SetupError(f"{spec.id}: no image found in {root}. {_expected(spec)}")
 
 
 def _source(spec: DatasetSpec, group: ImageGroup, root: Path, path: str, name: str) -> ImageSource:
@@ -127,11 +147,13 @@ def _source(spec: DatasetSpec, group: ImageGroup, root: Path, path: str, name: s
     )
 
 
-def _paths(spec: DatasetSpec, group: ImageGroup, root: Path) -> set[str]:
+def _paths(spec: DatasetSpec, group: ImageGroup, root: Path) -> Iterator[str]:
     """What the globs or the table of a group find, relative to the root."""
     if group.table is not None:
-        return _listed(spec, group.table, root)
-    return {path.relative_to(root).as_posix() for glob in group.globs for path in _glob(root, glob)}
+        yield from _listed(spec, group.table, root)
+    for glob in group.globs:
+        for path in _glob(root, glob):
+            yield path.relative_to(root).as_posix()
 
 
 def _glob(root: Path, glob: str) -> Iterator[Path]:
@@ -181,11 +203,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Names in a folder but hidden ones, as archives made on a Mac bring them along (`._x`, `__MACOSX`)."""
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+            yield from (entry for entry in entries if not entry.name.startswith((".", "__MACOSX")))
     except OSError as error:
         raise SetupError(f"Cannot list the folder {folder}: {error.strerror}.") from error
 
@@ -194,16 +216,21 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _listed(spec: DatasetSpec, table: Table, root: Path) -> set[str]:
+def _listed(spec: DatasetSpec, table: Table, root: Path) -> Iterator[str]:
     """Folders that the rows of a dataset's table name and that are there."""
     files = sorted({file for glob in table.files for file in _glob(root, glob)})
     if not files:
         raise SetupError(f"{spec.id}: {root} has no {' or '.join(table.files)}. {_expected(spec)}")
-    listed = {folder for file in files for folder in _rows(spec, table, root, file)}
-    present = {folder for folder in listed if (root / folder).is_dir()}
-    if present != listed:
-        _log.warning("%s: %d of %d listed series are not there.", spec.id, len(listed - present), len(listed))
-    return present
+    listed = missing = 0
+    for file in files:
+        for folder in _rows(spec, table, root, file):
+            listed += 1
+            if (root / folder).is_dir():
+                yield folder
+            else:
+                missing += 1
+    if missing:
+        _log.warning("%s: %d of %d listed series are not there.", spec.id, missing, listed)
 
 
 def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[str]:

@@ -10,7 +10,8 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from ingest.run import IngestPlan, IngestReport, Outcomes
+from ingest.run import IngestPlan, IngestReport
+from ingest.task import Outcomes
 
 _SHOWN_FAILURES = 10
 
@@ -21,9 +22,9 @@ def plans_as_json(plans: Sequence[IngestPlan]) -> list[dict[str, Any]]:
         {
             "dataset": plan.spec.id,
             "folder": str(plan.root),
-            "found": len(plan.found),
-            "selected": len(plan.selected),
-            "pending": len(plan.pending),
+            "found": plan.found,
+            "selected": plan.selected,
+            "pending": plan.pending,
             "pending_bytes": plan.pending_bytes,
         }
         for plan in plans

@@ -51,8 +51,8 @@ def ingest_demo(
 ) -> tuple[IngestReport, dict[str, dict[str, Any]]]:
     """Ingest `raw`/demo into `data` in this process; returns the report and the catalog's rows by key."""
 
-    def in_this_process(tasks: list[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
-        for task in reversed(tasks) if backwards else tasks:
+    def in_this_process(tasks: Iterator[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
+        for task in reversed(list(tasks)) if backwards else tasks:
             yield task, run_task(task)
 
     monkeypatch.setattr(ingest.run, "_run_on_cluster", in_this_process)

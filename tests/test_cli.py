@@ -161,7 +161,7 @@ def test_interrupt_ends_with_its_own_code(tmp_path: Path, samples: Path) -> None
         text=True,
     )
     tasks = tmp_path / "data" / "private" / "journal" / "sample" / "tasks"
-    while process.poll() is None and not list(tasks.glob("*.parquet")):
+    while process.poll() is None and not list(tasks.rglob("[!.]*.parquet")):
         pass
     process.terminate()
     _, errors = process.communicate(timeout=60)

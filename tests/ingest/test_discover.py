@@ -152,7 +152,7 @@ def test_order_of_the_file_system_does_not_matter(
     listed = ingest.discover._entries
 
     def shuffled(folder: Path) -> list[Any]:
-        entries = listed(folder)
+        entries = list(listed(folder))
         random.Random(7).shuffle(entries)
         return entries
 

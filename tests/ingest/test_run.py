@@ -116,7 +116,7 @@ def test_killed_driver_resumes_to_the_same_bytes(
         start_new_session=True,
     )
     tasks = data / "private" / "journal" / "sample" / "tasks"
-    while driver.poll() is None and len(list(tasks.glob("*.parquet"))) < records:
+    while driver.poll() is None and len(list(tasks.rglob("[!.]*.parquet"))) < records:
         time.sleep(0.005)
     os.killpg(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL, "the driver ended before it could be killed"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
     "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"
 }
 _CONNECT_SECONDS = 20
+_DASHBOARD_SECONDS = 2
 _WIDTH_SECONDS = 5
 """So often it is looked how many workers there are: on a cluster they come and go."""
 
@@ -52,7 +53,8 @@ def open_client(
     from distributed.system import MEMORY_LIMIT
 
     # What distributed has to say of lost connections, the run says in its own words.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=_CONNECT_SECONDS)
@@ -100,8 +102,14 @@ def workers_that_fit(largest_bytes: int) -> int:
 
 
 def dashboard_of(client: Client) -> str | None:
-    """Address of the cluster's dashboard; None where there is none, for it needs bokeh."""
-    return client.dashboard_link or None if importlib.util.find_spec("bokeh") else None
+    """Address of the cluster's dashboard, if it answers there: it needs bokeh, which few have."""
+    link = client.dashboard_link
+    try:
+        with urllib.request.urlopen(link, timeout=_DASHBOARD_SECONDS) as page:  # noqa: S310 - of http alone
+            missing = b"Dask needs" in page.read()
+    except (OSError, ValueError):
+        return None
+    return None if missing else str(link)
 
 
 class DaskPool:
@@ -139,6 +147,7 @@ class DaskPool:
             OSError: the corpus cannot be written.
         """
         from distributed import CancelledError, KilledWorker
+        from distributed.comm import CommClosedError
 
         future = next(self._completed)
         task = self._running.pop(future)
@@ -146,7 +155,7 @@ class DaskPool:
             return task, future.result()
         except KilledWorker:
             return task, None
-        except CancelledError as error:
+        except (CancelledError, CommClosedError) as error:
             raise self._lost() from error
         except RunEndedError as error:
             Journal(task.corpus, task.dataset).check_open(task.run)

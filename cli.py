@@ -22,7 +22,9 @@ import typer
 from catalog.errors import SetupError
 
 if TYPE_CHECKING:
+    from ingest.estimate import Estimate
     from ingest.run import IngestPlan, IngestReport
+    from ingest.spec import DatasetSpec
     from ingest.task import Outcomes
 
 _WIDTH_OF_A_FILE = 140
@@ -95,12 +97,19 @@ def list_datasets(
 @data.command()
 def ingest(
     datasets: Annotated[
-        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[ID...]", help="Ids as `pumit-data list` shows them.", show_default=False),
+    ] = None,
+    all_datasets: Annotated[
+        bool, typer.Option("--all", help="Every dataset whose folder is there, instead of ids.")
+    ] = False,
     raw: RawOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; by default one per core.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Worker processes; by default as many as cores and memory allow.", show_default=False
+        ),
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Use this Dask scheduler (tcp://host:port) instead of this machine.")
@@ -116,16 +125,43 @@ def ingest(
     from ingest.run import plan_ingest
     from ingest.spec import get_spec
 
+    if all_datasets == bool(datasets):
+        raise SetupError("say which datasets: either ids, as `pumit-data list` shows them, or --all.")
     corpus = Corpus(data_dir)
-    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets)]
+    specs = (
+        _specs_present(raw) if all_datasets else [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
+    )
     plans = [plan_ingest(spec, raw, corpus, only, limit) for spec in specs]
     if dry_run:
-        _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
+        estimates = _estimates(plans, corpus, workers)
+        if as_json:
+            _print_json(plans_as_json(plans, estimates))
+        else:
+            render_plans(plans, estimates, _console())
         return
     reports = _run_plans(plans, corpus, workers, scheduler)
     _print_json(reports_as_json(reports)) if as_json else render_reports(reports, _console())
     if any(status == "failed" for report in reports for status, _ in report.total):
         raise typer.Exit(SOME_FAILED)
+
+
+@data.command()
+def runs(data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """List past ingests of a corpus: what, how many, how long, with which version."""
+    from dataclasses import asdict
+
+    from catalog.corpus import Corpus
+    from ingest.runs import past_runs, render, runs_folder
+
+    corpus = Corpus(data_dir)
+    found = list(past_runs(corpus))
+    if as_json:
+        _print_json([asdict(run) for run in found])
+    elif found:
+        render(found, _console())
+        _print(f"Logs: {runs_folder(corpus)}")
+    else:
+        _print(f"No ingest into {data_dir} yet.")
 
 
 @data.command()
@@ -339,6 +375,38 @@ def _train(
         f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
         f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
     )
+
+
+def _specs_present(raw: Path) -> list[DatasetSpec]:
+    """The datasets that --all stands for; says which it leaves out."""
+    from ingest.discover import why_left_out
+    from ingest.spec import load_specs
+
+    specs = load_specs(raw=raw).values()
+    reasons = {spec.id: why_left_out(spec, raw) for spec in specs}
+    for reason in sorted({reason for reason in reasons.values() if reason is not None}):
+        ids = ", ".join(name for name, why in reasons.items() if why == reason)
+        _console(stderr=True).print(f"Left out, {reason} in {raw}: {ids}", markup=False)
+    if not (present := [spec for spec in specs if reasons[spec.id] is None]):
+        raise SetupError(f"{raw} has no folder of any dataset. `pumit-data list` shows what is known.")
+    return present
+
+
+def _estimates(plans: list[IngestPlan], corpus: Any, workers: int | None) -> list[Estimate]:
+    from ingest.cluster import workers_that_fit
+    from ingest.estimate import estimate
+    from ingest.runs import past_runs
+
+    earlier = list(past_runs(corpus))
+    return [
+        estimate(
+            plan.spec.id,
+            plan.sources.pending_bytes_by_format(),
+            workers or workers_that_fit(plan.sources.largest_bytes),
+            earlier,
+        )
+        for plan in plans
+    ]
 
 
 def _run_plans(

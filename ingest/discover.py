@@ -32,6 +32,30 @@ def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
     Raises:
         SetupError: `raw` or the folder is missing, or the folder is empty, or both names exist.
     """
+    found = _roots(spec, raw)
+    names = spec.id if spec.id == spec.folder else f"{spec.id} or {spec.folder}"
+    if not found:
+        raise SetupError(f"{spec.id}: {raw} has no folder {names}. {_expected(spec)}")
+    if len(found) > 1:
+        both = " and ".join(sorted(map(str, found)))
+        raise SetupError(f"{spec.id}: both {both} exist. Keep one.")
+    (root,) = found
+    if not any(_entries(root)):
+        raise SetupError(f"{spec.id}: {root} is empty. {_expected(spec)}")
+    return root
+
+
+def why_left_out(spec: DatasetSpec, raw: Path) -> str | None:
+    """Why an ingest of all datasets passes this one over; None if it does not.
+
+    Raises:
+        SetupError: `raw` is missing.
+    """
+    return None if _roots(spec, raw) else "no folder"
+
+
+def _roots(spec: DatasetSpec, raw: Path) -> list[Path]:
+    """The folders below `raw` that are called like the dataset. SetupError if `raw` is missing."""
     if not raw.is_dir():
         raise SetupError(f"The raw folder {raw} does not exist. Say where it is: --raw FOLDER.")
     found: dict[tuple[int, int], Path] = {}  # by identity: id and published name may be one folder
@@ -40,16 +64,7 @@ def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
             if path.is_dir():
                 status = path.stat()
                 found.setdefault((status.st_dev, status.st_ino), path)
-    names = spec.id if spec.id == spec.folder else f"{spec.id} or {spec.folder}"
-    if not found:
-        raise SetupError(f"{spec.id}: {raw} has no folder {names}. {_expected(spec)}")
-    if len(found) > 1:
-        both = " and ".join(sorted(map(str, found.values())))
-        raise SetupError(f"{spec.id}: both {both} exist. Keep one.")
-    root = next(iter(found.values()))
-    if not any(_entries(root)):
-        raise SetupError(f"{spec.id}: {root} is empty. {_expected(spec)}")
-    return root
+    return list(found.values())
 
 
 def find_sources(spec: DatasetSpec, root: Path) -> list[ImageSource]:

@@ -29,6 +29,7 @@ from ingest.drive import run_tasks
 from ingest.found import FoundSources, Group
 from ingest.journal import Journal
 from ingest.ledger import as_known_error
+from ingest.runs import run_log
 from ingest.spec import DatasetSpec
 from ingest.task import IngestTask, Outcomes, TaskResult, task_name
 
@@ -57,6 +58,8 @@ class IngestPlan:
     """Of those of `selected` that no earlier run has done, or that changed since."""
     pending_bytes: int
     """Size of the pending files; one that is gone counts nothing, its task will say so."""
+    arguments: tuple[str, ...]
+    """The options that narrowed it down."""
 
 
 @dataclass
@@ -97,8 +100,16 @@ def plan_ingest(
         raise SetupError(f"--only {only!r} is no regular expression: {error}.") from error
     sources = FoundSources(spec, root, pattern, limit)
     sources.compare(Journal(corpus, spec.id), corpus, NORMALISATION_VERSION)
+    options = {"--only": only, "--limit": limit}
     return IngestPlan(
-        spec, root, sources, sources.found, sources.selected, sources.pending, sources.pending_bytes
+        spec=spec,
+        root=root,
+        sources=sources,
+        found=sources.found,
+        selected=sources.selected,
+        pending=sources.pending,
+        pending_bytes=sources.pending_bytes,
+        arguments=tuple(f"{name}={value}" for name, value in options.items() if value is not None),
     )
 
 
@@ -124,24 +135,30 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     dataset, sources = plan.spec.id, plan.sources
     corpus = Corpus(corpus.root.absolute())  # workers may have been started elsewhere
     journal = Journal(corpus, dataset)
-    with _explained(dataset, corpus), journal.lock():
+    with (
+        _explained(dataset, corpus),
+        journal.lock(),
+        run_log(corpus, dataset, plan.arguments, workers=_workers(client), pending=plan.pending) as log,
+    ):
         with journal.run() as run:
             remove_leftovers(corpus.shards, dataset)
             held_out = hold_out(corpus, dataset, sources.subjects())
             # Looked at again under the lock: a run that just ended, or was killed, may have done some of it.
             sources.compare(journal, corpus, NORMALISATION_VERSION)
             sources.assign_packs(journal, PACK_SIZE)
-            pending = sources.pending if client is not None else 0
-            report = IngestReport(dataset, plan.found, plan.selected - sources.pending)
+            pending = sources.pending
+            report = IngestReport(dataset, plan.found, plan.selected - pending)
             tasks = (_task(plan, group, corpus, run, held_out) for group in sources.groups())
             with _merging(journal) as merge_if_due:
                 done = 0
                 for task, result in _run_on_cluster(tasks, client) if client is not None else ():
                     done += len(task.places)
                     report.run += result.outcomes
+                    log.task_done(len(task.places), result)
                     progress(done, pending, report.run)
                     merge_if_due()
         report.total, report.messages = _summary(corpus, dataset, journal)
+        log.end("done", report.total)
     return report
 
 
@@ -157,6 +174,10 @@ def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: fr
         validation_subjects=held_out & {place.subject for place in group.places},
         entry_hash=plan.spec.entry_hash(),
     )
+
+
+def _workers(client: Client | None) -> int:
+    return sum(client.nthreads().values()) if client is not None else 0
 
 
 def _run_on_cluster(tasks: Iterator[IngestTask], client: Client) -> Iterator[tuple[IngestTask, TaskResult]]:

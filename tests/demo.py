@@ -46,6 +46,11 @@ DEMO = DatasetSpec.model_validate(
 )
 
 
+class _NoCluster:
+    def nthreads(self) -> dict[str, int]:
+        return {}
+
+
 def ingest_demo(
     raw: Path, data: Path, monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False
 ) -> tuple[IngestReport, dict[str, dict[str, Any]]]:
@@ -57,7 +62,7 @@ def ingest_demo(
 
     monkeypatch.setattr(ingest.run, "_run_on_cluster", in_this_process)
     corpus = Corpus(data)
-    report = ingest_dataset(plan_ingest(DEMO, raw, corpus), corpus, object(), lambda *_: None)  # type: ignore[arg-type]
+    report = ingest_dataset(plan_ingest(DEMO, raw, corpus), corpus, _NoCluster(), lambda *_: None)  # type: ignore[arg-type]
     rows = load_catalog(corpus, status=None).to_pylist()
     by_key = {row["key"]: row for row in rows}
     assert len(by_key) == len(rows)

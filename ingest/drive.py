@@ -30,7 +30,7 @@ def run_tasks(tasks: Iterator[IngestTask], pool: Pool) -> Iterator[tuple[IngestT
     """Run all tasks, and yield each with its result as it ends.
 
     A worker that dies is blamed on every task that waited for it. These run again at the end, one at a time,
-    and a pack in halves, so that only the image that kills its workers is lost.
+    and those of several images in halves, so that only the image that kills its workers is lost.
     """
     suspects: list[IngestTask] = []
     _fill(tasks, pool)

@@ -22,6 +22,10 @@ from ingest.spec import DatasetSpec
 from ingest.task import Place
 
 _ROWS = 1 << 12
+_LOT_BYTES = 512 << 20
+_Row = tuple[int | None, str, str, str, int, int]
+"""Pack, path, key, subject, kind, bytes."""
+
 _KINDS = TypeAdapter(ImageSource)
 _SCHEMA = """
 CREATE TABLE kind (id INTEGER PRIMARY KEY, source TEXT UNIQUE, format TEXT, modality TEXT, flat INTEGER);
@@ -36,7 +40,7 @@ BEGIN;
 
 @dataclass(frozen=True)
 class Group:
-    """Sources that one task takes: a volume file, a series, or what is pending of a pack."""
+    """Sources that one task takes: volume files or series, or what is pending of a pack."""
 
     pack: int | None
     kinds: tuple[ImageSource, ...]
@@ -146,17 +150,21 @@ class FoundSources:
                 "WHERE pending AND kind IN (SELECT id FROM kind WHERE flat)"
             )
 
-    def groups(self) -> Iterator[Group]:
-        """What is pending, as tasks take it: volumes by key, then packs. Read as it is asked for."""
+    def groups(self, volumes_at_once: int = 1) -> Iterator[Group]:
+        """What is pending, as tasks take it: volumes by key, then packs. Read as it is asked for.
+
+        Args:
+            volumes_at_once: so many small volumes make one task, for each task costs the driver some time.
+        """
         self._database.execute("DROP INDEX IF EXISTS todo")
         self._database.execute("CREATE INDEX todo ON source (pack, key) WHERE pending")
         rows = self._database.execute(
-            "SELECT pack, path, key, subject, kind FROM source WHERE pending ORDER BY pack, key"
+            "SELECT pack, path, key, subject, kind, bytes FROM source WHERE pending ORDER BY pack, key"
         )
         for pack, members in groupby(rows, key=lambda row: row[0]):
             if pack is None:
-                for row in members:
-                    yield self._group(None, [row])
+                for lot in _lots(members, volumes_at_once):
+                    yield self._group(None, lot)
             else:
                 yield self._group(pack, list(members))
 
@@ -247,10 +255,10 @@ class FoundSources:
                 ((path, there(shard)) for path, shard in zip(paths, shards, strict=True)),
             )
 
-    def _group(self, pack: int | None, rows: list[tuple[int | None, str, str, str, int]]) -> Group:
+    def _group(self, pack: int | None, rows: list[_Row]) -> Group:
         numbers = sorted({row[4] for row in rows})
         kinds = tuple(map(self._source_of_kind, numbers))
-        places = (Place(path, key, subject, numbers.index(kind)) for _, path, key, subject, kind in rows)
+        places = (Place(path, key, subject, numbers.index(kind)) for _, path, key, subject, kind, _ in rows)
         return Group(pack, kinds, tuple(places))
 
     def _source_of_kind(self, number: int) -> ImageSource:
@@ -264,6 +272,20 @@ class FoundSources:
     def _number(self, query: str, *values: str) -> int:
         (number,) = self._database.execute(query, values).fetchone()
         return int(number)
+
+
+def _lots(rows: Iterator[_Row], number: int) -> Iterator[list[_Row]]:
+    """Neighbours in lots of at most `number`, and of no more bytes than take some seconds."""
+    lot: list[_Row] = []
+    size = 0
+    for row in rows:
+        if lot and (len(lot) == number or size + row[-1] > _LOT_BYTES):
+            yield lot
+            lot, size = [], 0
+        lot.append(row)
+        size += row[-1]
+    if lot:
+        yield lot
 
 
 @functools.lru_cache(maxsize=1024)

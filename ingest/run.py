@@ -36,6 +36,10 @@ from ingest.task import IngestTask, Outcomes, TaskResult, task_name
 if TYPE_CHECKING:
     from distributed import Client
 
+_VOLUMES_AT_ONCE = 64
+"""So many small volumes make one task at most, ..."""
+_TASKS_OF_A_WORKER = 8
+"""... and fewer where there would be less than so many tasks for each worker."""
 _KEPT_MESSAGES = 1000
 _MERGE_SECONDS = 300
 """A run that takes long merges so often, ..."""
@@ -147,8 +151,9 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
             sources.compare(journal, corpus, NORMALISATION_VERSION)
             sources.assign_packs(journal, PACK_SIZE)
             pending = sources.pending
+            at_once = min(_VOLUMES_AT_ONCE, max(1, pending // (_TASKS_OF_A_WORKER * max(1, _workers(client)))))
             report = IngestReport(dataset, plan.found, plan.selected - pending)
-            tasks = (_task(plan, group, corpus, run, held_out) for group in sources.groups())
+            tasks = (_task(plan, group, corpus, run, held_out) for group in sources.groups(at_once))
             with _merging(journal) as merge_if_due:
                 done = 0
                 for task, result in _run_on_cluster(tasks, client) if client is not None else ():

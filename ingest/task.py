@@ -1,4 +1,4 @@
-"""One unit of work of an ingest: a volume file, a series, or the 2-D sources of one pack.
+"""One unit of work of an ingest: some volume files or series, or the 2-D sources of one pack.
 
 A task runs in a worker process and is complete when its record lies in the journal. It can run twice: arrays
 are named by their content, and the record is replaced by an equal one.
@@ -102,7 +102,7 @@ def run_task(task: IngestTask) -> TaskResult:
 
 
 def halves(task: IngestTask) -> tuple[IngestTask, IngestTask]:
-    """A pack's task as two, to find the image that kills its workers."""
+    """A task as two, to find the image that kills its workers."""
     middle = len(task.places) // 2
     return (
         replace(task, name=f"{task.name}a", places=task.places[:middle]),
@@ -219,9 +219,11 @@ def _volume_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
             yield from [
                 image if isinstance(image, dict) else _write_volume(task, image) for image in _images(source)
             ]
-        except FailedImage as outcome:
+        except OSError:
+            raise
+        except Exception as error:
             # Arrays already written have no row then, and are removed at the end of the run.
-            yield _failed_row(source, outcome)
+            yield _failed_row(source, _failure(source, error))
 
 
 def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
@@ -297,5 +299,5 @@ def _identity(task: IngestTask, rows: list[dict[str, Any]]) -> str:
 
 
 def task_name(path: str) -> str:
-    """File-name-safe name of the task of a 3-D source."""
+    """File-name-safe name of a task of 3-D sources; `path` is that of the first."""
     return "volume-" + hashlib.sha256(os.fsencode(path)).hexdigest()[:24]

@@ -18,7 +18,7 @@ HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tenso
 @pytest.mark.parametrize(
     ("script", "subcommands"),
     [
-        ("pumit-data", ["list", "ingest", "stats", "inspect", "view", "add"]),
+        ("pumit-data", ["list", "ingest", "runs", "stats", "inspect", "view", "add"]),
         ("pumit-train", ["tokenizer", "mim"]),
     ],
 )

@@ -279,7 +279,7 @@ class Journal:
 
     @staticmethod
     def _folders(above: Path) -> list[Path]:
-        return sorted(above.iterdir()) if above.is_dir() else []
+        return sorted(path for path in above.iterdir() if path.is_dir()) if above.is_dir() else []
 
 
 def _parts(records: list[pa.Table]) -> tuple[pa.Table, pa.Table, list[str]]:

@@ -23,7 +23,7 @@ import pytest
 
 from catalog.corpus import Corpus
 from ingest.journal import Journal, RunEndedError
-from tests.commands import command, published_files, run
+from tests.commands import command, published_files, recorded_tasks, run
 
 Victim = Literal["driver", "worker", "scheduler"]
 
@@ -169,14 +169,13 @@ class Reader:
 
 def kill_at_random(raw: Path, data: Path, victim: Victim, chance: random.Random) -> None:
     """One ingest of which a process is killed; on a cluster of its own, or on one started beside it."""
-    journal = data / "private" / "journal" / "mixed"
     if victim == "driver":
         driver = subprocess.Popen(
             command("pumit-data", "ingest", "mixed", "--raw", raw, "--data", data, "--workers", "2"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_for_records(journal, driver, chance)
+        wait_for_records(data, driver, chance)
         driver.kill()  # its workers live on, and have to notice
         driver.wait()
         return
@@ -187,7 +186,7 @@ def kill_at_random(raw: Path, data: Path, victim: Victim, chance: random.Random)
             stderr=subprocess.PIPE,
             text=True,
         )
-        wait_for_records(journal, driver, chance)
+        wait_for_records(data, driver, chance)
         one = chance.choice(processes[victim])
         # Of a worker the process that computes, which its nanny starts anew.
         (one.children() or [one])[0].kill() if victim == "worker" else one.kill()
@@ -203,12 +202,12 @@ def kill_at_random(raw: Path, data: Path, victim: Victim, chance: random.Random)
             assert driver.returncode == 1, errors
 
 
-def wait_for_records(journal: Path, driver: subprocess.Popen[str], chance: random.Random) -> None:
+def wait_for_records(data: Path, driver: subprocess.Popen[str], chance: random.Random) -> None:
     """Until some tasks are recorded, and a moment."""
     number = chance.randrange(0, 7)
     deadline = time.monotonic() + 60
     while driver.poll() is None and time.monotonic() < deadline:
-        if len(list(journal.rglob("[!.]*.parquet"))) >= number and (journal / "tasks").is_dir():
+        if recorded_tasks(data, "mixed") >= number and (data / "private/journal/mixed/tasks").is_dir():
             break
         time.sleep(0.002)
     time.sleep(chance.random() * 0.2)

@@ -5,8 +5,8 @@
 - **Dask**: what submitting a task, its passage through a real scheduler and its result cost, with tasks that do
   nothing, on one worker in the same machine.
 - **simulation**: the driver as it is, with sources that a generator makes up and workers that are a clock and a
-  heap. Task times are those of benchmarks/RESULTS.md. The driver's clock runs from the first task on, by its own
-  CPU time and by what Dask costs for each task. One image in ten is a volume, the others lie in packs of 256.
+  heap. Task times are those of benchmarks/RESULTS.md. The driver's clock runs from the first task on, by its
+  own CPU time and by what Dask costs for each task. One image in ten is a volume, the others lie in packs.
   Each size runs in a process of its own, so that its peak of memory can be told.
 - **catalog**: 10,000 new rows, with previews, merged into a catalog of so many rows, against reading,
   concatenating, sorting and writing whole tables, which needs them all in memory.

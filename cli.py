@@ -22,8 +22,11 @@ import typer
 from catalog.errors import SetupError
 
 if TYPE_CHECKING:
+    from ingest.estimate import Estimate
     from ingest.findings import Finding, Verification
-    from ingest.run import IngestPlan, IngestReport, Outcomes
+    from ingest.run import IngestPlan, IngestReport
+    from ingest.spec import DatasetSpec
+    from ingest.task import Outcomes
 
 _WIDTH_OF_A_FILE = 140
 """Columns of tables that go to a file or a pipe."""
@@ -208,12 +211,19 @@ def download(
 @data.command()
 def ingest(
     datasets: Annotated[
-        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[ID...]", help="Ids as `pumit-data list` shows them.", show_default=False),
+    ] = None,
+    all_datasets: Annotated[
+        bool, typer.Option("--all", help="Every dataset whose folder is there, instead of ids.")
+    ] = False,
     raw: RawOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; by default one per core.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Worker processes; by default as many as cores and memory allow.", show_default=False
+        ),
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Use this Dask scheduler (tcp://host:port) instead of this machine.")
@@ -238,13 +248,21 @@ def ingest(
     from ingest.run import plan_ingest
     from ingest.spec import get_spec
 
+    if all_datasets == bool(datasets):
+        raise SetupError("say which datasets: either ids, as `pumit-data list` shows them, or --all.")
     corpus = Corpus(data_dir)
-    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets)]
+    specs = (
+        _specs_present(raw) if all_datasets else [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
+    )
     private = any(spec.private_names for spec in specs)
     names = name_key(corpus, names_key, keep=not dry_run) if private else None
     plans = [plan_ingest(spec, raw, corpus, only, limit, names) for spec in specs]
     if dry_run:
-        _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
+        estimates = _estimates(plans, corpus, workers)
+        if as_json:
+            _print_json(plans_as_json(plans, estimates))
+        else:
+            render_plans(plans, estimates, _console())
         return
     reports = _run_plans(plans, corpus, workers, scheduler)
     _print_json(reports_as_json(reports)) if as_json else render_reports(reports, _console())
@@ -302,6 +320,25 @@ def verify(
         render_verification(outcome, repaired, _console())
     if outcome.findings or problems:
         raise typer.Exit(SOME_FAILED)
+
+
+@data.command()
+def runs(data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """List past ingests of a corpus: what, how many, how long, with which version."""
+    from dataclasses import asdict
+
+    from catalog.corpus import Corpus
+    from ingest.runs import past_runs, render, runs_folder
+
+    corpus = Corpus(data_dir)
+    found = list(past_runs(corpus))
+    if as_json:
+        _print_json([asdict(run) for run in found])
+    elif found:
+        render(found, _console())
+        _print(f"Logs: {runs_folder(corpus)}")
+    else:
+        _print(f"No ingest into {data_dir} yet.")
 
 
 @data.command()
@@ -517,6 +554,38 @@ def _train(
     )
 
 
+def _specs_present(raw: Path) -> list[DatasetSpec]:
+    """The datasets that --all stands for; says which it leaves out."""
+    from ingest.discover import why_left_out
+    from ingest.spec import load_specs
+
+    specs = load_specs(raw=raw).values()
+    reasons = {spec.id: why_left_out(spec, raw) for spec in specs}
+    for reason in sorted({reason for reason in reasons.values() if reason is not None}):
+        ids = ", ".join(name for name, why in reasons.items() if why == reason)
+        _console(stderr=True).print(f"Left out, {reason} in {raw}: {ids}", markup=False)
+    if not (present := [spec for spec in specs if reasons[spec.id] is None]):
+        raise SetupError(f"{raw} has no folder of any dataset. `pumit-data list` shows what is known.")
+    return present
+
+
+def _estimates(plans: list[IngestPlan], corpus: Any, workers: int | None) -> list[Estimate]:
+    from ingest.cluster import workers_that_fit
+    from ingest.estimate import estimate
+    from ingest.runs import past_runs
+
+    earlier = list(past_runs(corpus))
+    return [
+        estimate(
+            plan.spec.id,
+            plan.sources.pending_bytes_by_format(),
+            workers or workers_that_fit(plan.sources.largest_bytes),
+            earlier,
+        )
+        for plan in plans
+    ]
+
+
 def _run_plans(
     plans: list[IngestPlan], corpus: Any, workers: int | None, scheduler: str | None
 ) -> list[IngestReport]:
@@ -524,7 +593,7 @@ def _run_plans(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ingest.cluster import open_client
+    from ingest.cluster import dashboard_of, open_client
     from ingest.report import by_status
     from ingest.run import ingest_dataset
 
@@ -538,11 +607,14 @@ def _run_plans(
     with ExitStack() as stack:
         # A cluster takes a second to start: not for a rerun that finds everything done.
         idle = not any(plan.pending for plan in plans)
-        client = None if idle else stack.enter_context(open_client(workers, scheduler))
+        largest = max(plan.sources.largest_bytes for plan in plans)
+        client = None if idle else stack.enter_context(open_client(workers, scheduler, largest))
+        if client is not None and (dashboard := dashboard_of(client)):
+            _console(stderr=True).print(f"Dashboard: {dashboard}", markup=False)
         bars = stack.enter_context(Progress(*columns, console=_console(stderr=True)))
         reports = []
         for plan in plans:
-            bar = bars.add_task(plan.spec.id, total=len(plan.pending), counts="")
+            bar = bars.add_task(plan.spec.id, total=plan.pending, counts="")
 
             def show(done: int, total: int, outcomes: Outcomes, bar: Any = bar) -> None:
                 counts = ", ".join(f"{number} {status}" for status, number in by_status(outcomes).items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -85,20 +85,13 @@ def read_table(
     """
     try:
         found = pq.read_schema(path)
-        version = _version(path, found, remedy)
-        wanted = None if columns is None else list(columns)
-        added: list[pa.Field] = []
-        if schema is not None and version < SCHEMA_VERSION:
-            wanted = schema.names if wanted is None else wanted
-            added = [field for field in schema if field.name in wanted and field.name not in found.names]
+        wanted, added = _wanted(found, _version(path, found, remedy), columns, schema)
         condition = None
         for term in conditions:
             condition = term if condition is None else condition & term
         table = pq.read_table(
             path,
-            columns=None
-            if wanted is None
-            else [name for name in wanted if name not in {field.name for field in added}],
+            columns=None if wanted is None else [name for name in wanted if name in found.names],
             filters=condition,
             partitioning=None,  # `dataset=...` in the path repeats a column that the file has
             page_checksum_verification=True,
@@ -107,6 +100,42 @@ def read_table(
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # as a flipped bit may have it
         raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
+    return _completed(table, wanted, added)
+
+
+def read_batches(
+    path: Path,
+    remedy: str,
+    columns: Sequence[str] | None = None,
+    rows: int = 1 << 16,
+    schema: pa.Schema | None = None,
+) -> Iterator[pa.Table]:
+    """The rows of a Parquet file of the corpus in order, at most `rows` at a time; else as `read_table`."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            found = file.schema_arrow
+            wanted, added = _wanted(found, _version(path, found, remedy), columns, schema)
+            names = None if wanted is None else [name for name in wanted if name in found.names]
+            for batch in file.iter_batches(batch_size=rows, columns=names):
+                yield _completed(pa.Table.from_batches([batch]), wanted, added)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # as a flipped bit may have it
+        raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
+
+
+def _wanted(
+    found: pa.Schema, version: int, columns: Sequence[str] | None, schema: pa.Schema | None
+) -> tuple[list[str] | None, list[pa.Field]]:
+    """Names of the columns to return, None for all that are there; and those that an older file lacks."""
+    wanted = None if columns is None else list(columns)
+    if schema is None or version >= SCHEMA_VERSION:
+        return wanted, []
+    wanted = schema.names if wanted is None else wanted
+    return wanted, [field for field in schema if field.name in wanted and field.name not in found.names]
+
+
+def _completed(table: pa.Table, wanted: list[str] | None, added: Sequence[pa.Field]) -> pa.Table:
     for field in added:
         table = table.append_column(field, pa.nulls(table.num_rows, field.type))
     return table.select(wanted) if added else table

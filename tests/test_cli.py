@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import SCRIPTS, command, run
+from tests.commands import SCRIPTS, command, recorded_tasks, run
 
 HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tensorstore", "SimpleITK", "cv2"}
 
@@ -27,6 +27,7 @@ HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tenso
                 "plan",
                 "download",
                 "ingest",
+                "runs",
                 "stats",
                 "inspect",
                 "view",
@@ -175,8 +176,7 @@ def test_interrupt_ends_with_its_own_code(tmp_path: Path, samples: Path) -> None
         stdout=subprocess.PIPE,
         text=True,
     )
-    tasks = tmp_path / "data" / "private" / "journal" / "sample" / "tasks"
-    while process.poll() is None and not list(tasks.glob("*.parquet")):
+    while process.poll() is None and not recorded_tasks(tmp_path / "data", "sample"):
         pass
     process.terminate()
     _, errors = process.communicate(timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.filesize import decimal
 
-from catalog.stats import audit, summarise
+from catalog.errors import SetupError
+from catalog.stats import AUDITED, SPACINGS, audit, summarise_cells
+from catalog.survey import Cells, survey_table
 
 _FAMILIES = {
     "CT": "#3b6fb6",
@@ -57,11 +60,11 @@ _STYLE: dict[str, Any] = {
 
 
 def audit_picture(table: pa.Table, path: Path) -> None:
-    """Draw the ingested images of `table` (AUDIT_COLUMNS of `catalog.stats`) as a PNG at `path`.
+    """Draw the ingested images of `table` (SURVEY_COLUMNS of `catalog.survey`) as a PNG at `path`.
 
     Modality mix and DA levels, each as share of images and as share of what training draws; spacing through
     the slices against spacing in-plane, with the DA levels as diagonals; slices and sides of the images. The
-    same table and matplotlib give the same bytes. Raises ValueError if no image was ingested.
+    same table and matplotlib give the same bytes. Raises SetupError if no image was ingested.
     """
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -69,8 +72,9 @@ def audit_picture(table: pa.Table, path: Path) -> None:
 
     images = table.filter(pc.equal(table["status"], "ingested"))
     if images.num_rows == 0:
-        raise ValueError("there is no ingested image to draw")
-    families = pc.list_element(pc.split_pattern(pc.fill_null(images["modality"], "?"), "/"), 0).to_numpy()
+        raise SetupError("there is no ingested image to draw. Leave --plot out, or ingest something first.")
+    survey = survey_table(table, AUDITED, SPACINGS)
+    families = _families(images["modality"])
     colours = _family_colours(families)
     with style.context(["default", _STYLE], after_reset=True):
         figure = Figure(figsize=(15, 10.4), dpi=120)
@@ -87,14 +91,21 @@ def audit_picture(table: pa.Table, path: Path) -> None:
             height_ratios=(1, 1.25),
         )
         right = grid[1, 1].subgridspec(2, 1, hspace=0.55)
-        _title(figure, table)
-        _draw_modalities(figure.add_subplot(grid[0, 0]), images)
-        _draw_levels(figure.add_subplot(grid[0, 1]), images)
+        _title(figure, survey)
+        _draw_modalities(figure.add_subplot(grid[0, 0]), survey)
+        _draw_levels(figure.add_subplot(grid[0, 1]), survey)
         _draw_spacings(figure.add_subplot(grid[1, 0]), images, families, colours)
         _draw_slices(figure.add_subplot(right[0]), images, families, colours)
         _draw_sides(figure.add_subplot(right[1]), images, families, colours)
         _family_legend(figure, colours)
         figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _families(modality: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """What stands before the slash, for each image."""
+    names = pc.unique(modality).cast(pa.string())
+    families = pa.array([(name or "?").partition("/")[0] for name in names.to_pylist()])
+    return families.take(pc.index_in(modality.cast(pa.string()), names)).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
 
 
 def _family_colours(families: npt.NDArray[Any]) -> dict[str, str]:
@@ -105,15 +116,14 @@ def _family_colours(families: npt.NDArray[Any]) -> dict[str, str]:
     return {name: _FAMILIES.get(name) or next(spare, _REST) for name in ordered}
 
 
-def _title(figure: Any, table: pa.Table) -> None:
-    totals = audit(table)["totals"]
-    datasets = pc.count_distinct(table["dataset"]).as_py()
+def _title(figure: Any, survey: Sequence[Cells]) -> None:
+    totals = audit(survey)["totals"]
     figure.text(
         0.03, 0.955, f"{_count(totals['ingested'], 'image')}", fontsize=21, fontweight="bold", va="center"
     )
     facts = [
         _count(totals["subjects"], "subject"),
-        _count(datasets, "dataset"),
+        _count(len(survey), "dataset"),
         _count(totals["slices"], "slice"),
         f"{totals['voxels'] / 1e6:,.0f} million voxels",
         f"{decimal(totals['stored_bytes'])} on disk",
@@ -126,11 +136,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _draw_modalities(axes: Any, images: pa.Table) -> None:
-    rows = summarise(images, ["modality"]).to_pylist()
-    rows.sort(
-        key=lambda row: (-max(row["images"] / images.num_rows, row["sampling_share"]), str(row["modality"]))
-    )
+def _draw_modalities(axes: Any, survey: Sequence[Cells]) -> None:
+    rows = summarise_cells(survey, ["modality"], ()).to_pylist()
+    images = sum(row["images"] for row in rows)
+    rows.sort(key=lambda row: (-max(row["images"] / images, row["sampling_share"]), str(row["modality"])))
     cut = len(rows) if len(rows) <= _MODALITY_ROWS else _MODALITY_ROWS - 1
     shown, rest = rows[:cut], rows[cut:]
     names = [str(row["modality"] or "unknown") for row in shown]
@@ -141,7 +150,7 @@ def _draw_modalities(axes: Any, images: pa.Table) -> None:
         counts.append(sum(row["images"] for row in rest))
         draws.append(sum(row["sampling_share"] for row in rest))
     y = np.arange(len(names))
-    shares = np.array(counts) / images.num_rows
+    shares = np.array(counts) / images
     axes.barh(y - 0.19, 100 * shares, 0.36, color=_IMAGES, label="of the images")
     axes.barh(y + 0.19, 100 * np.array(draws), 0.36, color=_DRAWS, label="of what training draws")
     end = 100 * max(shares.max(), max(draws))
@@ -163,12 +172,12 @@ def _draw_modalities(axes: Any, images: pa.Table) -> None:
     axes.set_title("Modality")
 
 
-def _draw_levels(axes: Any, images: pa.Table) -> None:
-    rows = {row["da_level"]: row for row in summarise(images, ["da_level"]).to_pylist()}
+def _draw_levels(axes: Any, survey: Sequence[Cells]) -> None:
+    rows = {row["da_level"]: row for row in summarise_cells(survey, ["da_level"], ()).to_pylist()}
     levels = np.arange(6)
     counts = np.array([rows[level]["images"] if level in rows else 0 for level in levels])
     draws = np.array([rows[level]["sampling_share"] if level in rows else 0.0 for level in levels])
-    shares = counts / images.num_rows
+    shares = counts / sum(row["images"] for row in rows.values())
     axes.bar(levels - 0.19, 100 * shares, 0.36, color=_IMAGES, label="of the images")
     axes.bar(levels + 0.19, 100 * draws, 0.36, color=_DRAWS, label="of what training draws")
     end = 100 * max(shares.max(), draws.max())

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from catalog.schema import CATALOG_SCHEMA
-from catalog.stats import AUDIT_COLUMNS, QUANTILES, audit, render, render_groups, summarise
+from catalog.stats import AUDITED, QUANTILES, audit, summarise
+from catalog.stats_tables import render, render_groups
+from catalog.survey import SURVEY_COLUMNS, survey_table
 
 DEFAULTS = {"split": "train", "source_path": "p", "entry_hash": "e", "normalisation_version": 1}
 
@@ -43,7 +45,7 @@ def row(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def table_of(rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA).select(AUDIT_COLUMNS)
+    return pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA).select(SURVEY_COLUMNS)
 
 
 spacing = st.none() | st.floats(0.1, 12)
@@ -121,7 +123,7 @@ def test_the_audit_accounts_for_every_row() -> None:
         row(3, status="failed", reason="unreadable"),
         row(4, dataset="brats", status="excluded", reason="uneven_slices"),
     ]
-    summary = audit(table_of(rows))
+    summary = audit(survey_table(table_of(rows), AUDITED))
     assert summary["datasets"] == [
         {
             "dataset": "amos",
@@ -155,7 +157,7 @@ def test_the_audit_accounts_for_every_row() -> None:
 
 @pytest.mark.parametrize("rows", [[], [row(0, status="failed", reason="unreadable")], [row(0), row(1)]])
 def test_the_audit_is_json_and_can_be_printed(rows: list[dict[str, Any]]) -> None:
-    summary = audit(table_of(rows))
+    summary = audit(survey_table(table_of(rows), AUDITED))
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     console = Console(width=160, record=True, file=io.StringIO())
     render(summary, console)
@@ -179,7 +181,7 @@ def test_printed_tables_show_names_numbers_and_unknown_spacings() -> None:
 
 
 def test_keys_that_look_like_markup_are_printed_as_they_are() -> None:
-    summary = audit(table_of([row(0, dataset="[red]x[/]", modality="[/b]")]))
+    summary = audit(survey_table(table_of([row(0, dataset="[red]x[/]", modality="[/b]")]), AUDITED))
     console = Console(width=160, record=True, file=io.StringIO())
     render(summary, console)
     printed = console.export_text()

@@ -3,7 +3,8 @@
     python benchmarks/catalog.py [--quick] [--rows N] [--json FILE]      # needs the extra `bench`: pandas
 
 The peer is how the reference implementation keeps its facts: one CSV file of spacings and shapes a dataset,
-read with pandas. Both sides run as processes of their own, interleaved, and peak memory is the process's.
+read with pandas. Both sides run as processes of their own, interleaved, and peak memory is the process's. The
+peer computes less: no shapes, no DA histogram, no outcomes, no checksums.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 # This file's own folder comes first otherwise, and this file is called `catalog` as well.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -123,13 +125,30 @@ def dataset_table(number: int, rows: int) -> pa.Table:
     return pa.table(complete, schema=CATALOG_SCHEMA)
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak memory in MB of a process."""
+KINDS = ("wall", "CPU", "peak memory")
+
+
+class Cost(NamedTuple):
+    """What a process took; on a machine that others use, compare CPU time."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
+def measured(command: list[str]) -> Cost:
+    """Wall and CPU time in seconds and peak memory in MB of a process."""
     start = time.perf_counter()
-    probe = "import resource, subprocess as s, sys; s.run(sys.argv[1:], check=True, stdout=s.DEVNULL); "
-    probe += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    probe = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
+    )
     done = subprocess.run([sys.executable, "-c", probe, *command], check=True, capture_output=True, text=True)
-    return time.perf_counter() - start, int(done.stdout) / 1e3
+    wall = time.perf_counter() - start
+    cpu, memory = done.stdout.split()
+    return Cost(wall, float(cpu), int(memory) / 1e3)
 
 
 def main() -> None:
@@ -148,31 +167,35 @@ def main() -> None:
         folder = options.keep or Path(temporary) / "corpus"
         if not folder.exists():
             write_catalog(folder, rows)
-        stats = [str(Path(sys.executable).parent / "pumit-data"), "stats", "--data", str(folder)]
+        program = str(Path(sys.executable).parent / "pumit-data")
+        stats = [program, "stats", "--data", str(folder)]
+        query = [program, "query", "--data", str(folder)]
         pandas = [sys.executable, "-c", PANDAS, str(folder / "csv")]
         cases = {
-            "default view": (stats, [*pandas, "modality,dataset,da_level"]),
-            "by modality": ([*stats, "--by", "modality"], [*pandas, "modality"]),
-            "by dataset, modality, DA level": ([*stats, "--by", "dataset,modality,da_level"], None),
+            "stats": (stats, [*pandas, "modality,dataset,da_level"]),
+            "stats --by modality": ([*stats, "--by", "modality"], [*pandas, "modality"]),
+            "stats --by dataset,modality,da_level": ([*stats, "--by", "dataset,modality,da_level"], None),
+            "stats --by body_part": ([*stats, "--by", "body_part"], None),
+            "stats --where": ([*stats, "--where", "modality = 'CT' and spacing_z < 2"], None),
+            "query": ([*query, "SELECT modality, count(*), avg(spacing_z) FROM images GROUP BY ALL"], None),
         }
         result = []
         for case, (ours, theirs) in cases.items():
-            pairs = [
-                (measured(ours), measured(theirs) if theirs is not None else None)
-                for _ in range(1 if options.quick else options.repeats)
-            ]
-            own = statistics.median(pair[0][0] for pair in pairs)
-            memory = max(pair[0][1] for pair in pairs)
-            print(f"{case}: {own:.2f} s, {memory:,.0f} MB")
-            if theirs is not None:
-                peer = statistics.median(pair[1][0] for pair in pairs if pair[1] is not None)
-                peer_memory = max(pair[1][1] for pair in pairs if pair[1] is not None)
-                print(f"  pandas over CSV: {peer:.2f} s, {peer_memory:,.0f} MB; ratio {peer / own:.1f}")
+            own: list[Cost] = []
+            peer: list[Cost] = []
+            for _ in range(1 if options.quick else options.repeats):
+                own.append(measured(ours))
+                if theirs is not None:
+                    peer.append(measured(theirs))
+            a = Cost(*map(statistics.median, zip(*own, strict=True)))
+            print(f"{case}: {a.wall:.2f} s, CPU {a.cpu:.2f} s, {a.memory:,.0f} MB", flush=True)
+            if peer:
+                b = Cost(*map(statistics.median, zip(*peer, strict=True)))
+                print(f"  pandas over CSV: {b.wall:.2f} s, CPU {b.cpu:.2f} s, {b.memory:,.0f} MB", flush=True)
                 result += [
-                    {"case": case, "ours": own, "peer": "pandas over CSV", "theirs": peer, "unit": "s",
-                     "ratio": peer / own},
-                    {"case": f"{case}, peak memory", "ours": memory, "peer": "pandas over CSV",
-                     "theirs": peer_memory, "unit": "MB", "ratio": peer_memory / memory},
+                    {"case": f"{case}, {name}", "ours": x, "peer": "pandas over CSV", "theirs": y,
+                     "unit": unit, "ratio": y / x}
+                    for name, unit, x, y in zip(KINDS, ("s", "s", "MB"), a, b, strict=True)
                 ]  # fmt: skip
     if options.json is not None:
         machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}

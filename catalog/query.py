@@ -86,7 +86,8 @@ def read_table(
 ) -> pa.Table:
     """Read a Parquet file of the corpus, comparing the checksum of every page.
 
-    Columns of text named in `dictionaries` come as dictionary arrays, which are small and quick to group by.
+    Columns of text named in `dictionaries` come as dictionary arrays, which are small and quick to group by;
+    lists of texts cannot.
     Raises SetupError, with `remedy` at its end, if the file is damaged or of a newer version.
     """
     try:

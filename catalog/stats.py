@@ -78,7 +78,7 @@ def summarise_cells(
         column: pa.array([name[at] for name in names], pa.int8() if column in _NUMBERED else pa.string())
         for at, column in enumerate(by)
     }
-    columns["images"] = pa.array([_images(group) for group in members], pa.int64())
+    columns["images"] = pa.array(total("images"), pa.int64())
     columns["subjects"] = pa.array(in_threads(_subjects, members), pa.int64())
     columns |= {name: pa.array(total(name), pa.int64()) for name in ("slices", "voxels", "stored_bytes")}
     columns["sampling_share"] = pa.array(
@@ -130,28 +130,26 @@ def _groups(
     return groups
 
 
-def _images(group: _Group) -> int:
-    return sum(int(np.diff(cells.bounds)[list(chosen)].sum()) for cells, chosen in group)
-
-
 def _subjects(group: _Group) -> int:
     count = 0
     for cells, chosen in group:
-        seen = np.zeros(cells.people, bool)
-        for run in cells.runs(chosen):
-            seen[cells.person[run]] = True
-        count += int(np.count_nonzero(seen))
+        there = np.concatenate([cells.person[run] for run in cells.runs(chosen)])
+        if len(there) < cells.people // 16:
+            count += len(np.unique(there))
+        else:
+            seen = np.zeros(cells.people, bool)
+            seen[there] = True
+            count += int(np.count_nonzero(seen))
     return count
 
 
 def _levels(group: _Group) -> list[int]:
     counts = [0 for _ in LEVELS]
     for cells, chosen in group:
-        sizes = np.diff(cells.bounds)
         for cell in chosen:
             (level,) = cells.labels[cell]["da_level"]
             if isinstance(level, int):
-                counts[level] += int(sizes[cell])
+                counts[level] += int(cells.sums["images"][cell])
     return counts
 
 

@@ -37,8 +37,6 @@ _NUMBER_COLUMNS = (
 SURVEY_COLUMNS = [*_TEXT_COLUMNS, *_NUMBER_COLUMNS, "body_part"]
 """Columns of the catalog that a survey may read."""
 
-_DICTIONARIES = [*_TEXT_COLUMNS, "body_part.list.element"]
-
 _Result = TypeVar("_Result")
 _Argument = TypeVar("_Argument")
 _Codes = npt.NDArray[np.int64] | npt.NDArray[np.int32]
@@ -56,7 +54,7 @@ class Cells:
     bounds: npt.NDArray[np.int64]
     """(C + 1,): images bounds[c] to bounds[c + 1] are of cell c."""
     sums: dict[str, npt.NDArray[Any]]
-    """(C,) each: slices, voxels, stored_bytes, and weight, which counts images of training only."""
+    """(C,) each: images, slices, voxels, stored_bytes, and weight, which counts images of training only."""
     values: dict[Measure, npt.NDArray[Any]]
     """(N,) each: spacings in mm as float64, NaN where unknown; shapes in voxels as int32, 0 where unknown."""
     person: _Codes
@@ -83,7 +81,7 @@ def survey_corpus(
     columns = [name for name in SURVEY_COLUMNS if name not in needless]
 
     def read(dataset: str) -> Cells:
-        return _cells(dataset, load_dataset(corpus, dataset, columns, dictionaries=_DICTIONARIES), by, measures)
+        return _cells(dataset, load_dataset(corpus, dataset, columns, dictionaries=_TEXT_COLUMNS), by, measures)
 
     return in_threads(read, dataset_ids(corpus))
 
@@ -99,7 +97,7 @@ def load_survey_table(corpus: Corpus, where: str | None = None) -> pa.Table:
         return select(corpus, SURVEY_COLUMNS, where)
 
     def read(dataset: str) -> pa.Table:
-        return load_dataset(corpus, dataset, SURVEY_COLUMNS, dictionaries=_DICTIONARIES)
+        return load_dataset(corpus, dataset, SURVEY_COLUMNS, dictionaries=_TEXT_COLUMNS)
 
     return pa.concat_tables(in_threads(read, dataset_ids(corpus)))
 
@@ -158,6 +156,7 @@ def _cells(dataset: str, table: pa.Table, by: Collection[GroupColumn], measures:
         "weight": weight,
     }
     sums = {name: np.add.reduceat(one, bounds[:-1]) if len(bounds) > 1 else one for name, one in summed.items()}
+    sums["images"] = np.diff(bounds)
     values: dict[Measure, npt.NDArray[Any]] = {"shape_d": depth, "shape_h": height, "shape_w": width}
     if "spacing_z" in measures:
         values["spacing_z"] = numbers("spacing_z", None)

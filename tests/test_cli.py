@@ -18,7 +18,7 @@ HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tenso
 @pytest.mark.parametrize(
     ("script", "subcommands"),
     [
-        ("pumit-data", ["list", "ingest", "stats", "inspect", "view", "add"]),
+        ("pumit-data", ["list", "ingest", "stats", "query", "inspect", "view", "add"]),
         ("pumit-train", ["tokenizer", "mim"]),
     ],
 )
@@ -91,6 +91,39 @@ def test_stats_in_every_form(tmp_path: Path, samples: Path) -> None:
     assert "fundus" in shown.stdout
     assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
     one_line_error(run("pumit-data", "stats", "--data", data, "--by", "modalty"), "modalty", "'modality'")
+
+    only_2d = run(
+        "pumit-data", "stats", "--data", data, "--json", "--by", "modality", "--where", "dimension = 2"
+    )
+    assert {row["modality"] for row in json.loads(only_2d.stdout)} == {"fundus"}
+    by_dataset = run("pumit-data", "stats", "--data", data, "--csv").stdout.splitlines()
+    assert len(by_dataset) == 2
+    assert by_dataset[0].startswith('"dataset","images","subjects"')
+    assert "| **Total** |" in run("pumit-data", "stats", "--data", data, "--markdown").stdout
+    by_split = run("pumit-data", "stats", "--data", data, "--markdown", "--by", "split").stdout
+    assert "| train |" in by_split
+    one_line_error(run("pumit-data", "stats", "--data", data, "--where", "modalty = 1"), "modalty", "modality,")
+    one_line_error(run("pumit-data", "stats", "--data", data, "--csv", "--json"), "--json", "--csv")
+    empty = run("pumit-data", "stats", "--data", data, "--where", "false", "--plot", tmp_path / "none.png")
+    one_line_error(empty, "--plot")
+
+
+def test_query_in_every_form(tmp_path: Path, samples: Path) -> None:
+    data = tmp_path / "data"
+    ingest = run("pumit-data", "ingest", "sample", "--raw", samples.parent, "--data", data, "--only", "retina")
+    assert ingest.returncode == 0
+    sql = "SELECT modality, count(*) AS n, list(DISTINCT dataset) AS datasets FROM images GROUP BY ALL"
+    expected = [{"modality": "fundus", "n": 2, "datasets": ["sample"]}]
+    assert json.loads(run("pumit-data", "query", sql, "--data", data, "--json").stdout) == expected
+    csv = run("pumit-data", "query", sql, "--data", data, "--csv").stdout
+    assert csv == '"modality","n","datasets"\n"fundus",2,"[""sample""]"\n'
+    assert "fundus" in run("pumit-data", "query", sql, "--data", data).stdout
+    assert run("pumit-data", "query", sql, "--data", data, "--output", tmp_path / "a.json").stdout == ""
+    assert json.loads((tmp_path / "a.json").read_text()) == expected
+    one_line_error(run("pumit-data", "query", "SELECT x FROM images", "--data", data), "modality, ")
+    one_line_error(run("pumit-data", "query", "DROP TABLE images", "--data", data), "SELECT")
+    lost = run("pumit-data", "query", sql, "--data", data, "--output", tmp_path / "none" / "a.csv")
+    one_line_error(lost, "a.csv", "cannot be written")
 
 
 def test_training_without_a_corpus_says_what_to_type(tmp_path: Path) -> None:

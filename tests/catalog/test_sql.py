@@ -238,8 +238,8 @@ def test_no_corpus(tmp_path: Path) -> None:
         answer(Corpus(tmp_path), "SELECT 1")
 
 
-MIXED = """SELECT 'a,"b"' AS text, 1.5 AS number, NULL::INT AS nothing, ['x', 'y'] AS parts, 'NaN'::DOUBLE AS nan,
-    sum(range) AS total, DATE '2026-11-22' AS day FROM range(10)"""
+MIXED = """SELECT 'a,"b"' AS text, 1.5 AS number, NULL::INT AS nothing, ['x', 'y'] AS parts,
+    'NaN'::DOUBLE AS nan, sum(range) AS total, DATE '2026-11-22' AS day FROM range(10)"""
 
 
 def test_csv(corpus: Corpus) -> None:
@@ -284,7 +284,7 @@ def test_a_file_is_replaced_only_by_a_whole_one(corpus: Corpus, tmp_path: Path) 
     file = tmp_path / "result.csv"
     file.write_text("before")
     with pytest.raises(SetupError):
-        write_file(query(corpus, "SELECT error('half-way') FROM range(200000) t(n) WHERE n > 150000"), file)
+        write_file(query(corpus, "SELECT error('half-way') FROM range(200000) t(n) WHERE n > 15e4"), file)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["result.csv"]
     assert file.read_text() == "before"
     with pytest.raises(SetupError, match=r"\.csv, \.json, \.parquet"):

@@ -184,10 +184,10 @@ def stats(
         summary = audit(survey_corpus(corpus, AUDITED, SPACINGS, where))
         _print_json(summary) if as_json else render(summary, _console())
     if plot is not None:
-        from catalog.plot import audit_picture
+        from catalog.plot import PICTURED, audit_picture
         from catalog.survey import load_survey_table
 
-        audit_picture(load_survey_table(corpus, where), plot)
+        audit_picture(load_survey_table(corpus, PICTURED, where), plot)
         if not (as_json or as_csv or as_markdown):
             _print(f"Audit picture: {plot}")
 

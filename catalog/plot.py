@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from catalog.errors import SetupError
 from catalog.stats import AUDITED, SPACINGS, audit, summarise_cells
-from catalog.survey import Cells, survey_table
+from catalog.survey import Cells, GroupColumn, survey_table
 
 _FAMILIES = {
     "CT": "#3b6fb6",
@@ -30,6 +30,13 @@ _SPARE = ("#d56fa6", "#7c6a58", "#6f7f2f", "#2d4b6e")
 _REST = "#9a9a9a"
 _IMAGES, _DRAWS = "#b9c3cf", "#2d4b6e"
 _INK, _FAINT = "#2b2b2b", "#8a8a8a"
+
+PICTURED: tuple[GroupColumn, ...] = (*AUDITED, "dimension")
+"""What the table of `audit_picture` must be loaded for."""
+_DRAWN = [
+    *("modality", "dimension", "split", "sampling_weight"),
+    *("shape_d", "shape_h", "shape_w", "spacing_z", "spacing_y", "spacing_x"),
+]
 
 _MODALITY_ROWS = 15
 _SCATTER_POINTS = 50_000
@@ -60,7 +67,7 @@ _STYLE: dict[str, Any] = {
 
 
 def audit_picture(table: pa.Table, path: Path) -> None:
-    """Draw the ingested images of `table` (SURVEY_COLUMNS of `catalog.survey`) as a PNG at `path`.
+    """Draw the ingested images of `table` (`load_survey_table` by PICTURED) as a PNG at `path`.
 
     Modality mix and DA levels, each as share of images and as share of what training draws; spacing through
     the slices against spacing in-plane, with the DA levels as diagonals; slices and sides of the images. The
@@ -70,12 +77,12 @@ def audit_picture(table: pa.Table, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    images = table.filter(pc.equal(table["status"], "ingested"))
+    images = table.select(_DRAWN).filter(pc.equal(table["status"], "ingested"))
     if images.num_rows == 0:
         raise SetupError("there is no ingested image to draw. Leave --plot out, or ingest something first.")
     survey = survey_table(table, AUDITED, SPACINGS)
-    families = _families(images["modality"])
-    colours = _family_colours(families)
+    families, names = _families(images["modality"])
+    colours = _family_colours(names)
     with style.context(["default", _STYLE], after_reset=True):
         figure = Figure(figsize=(15, 10.4), dpi=120)
         FigureCanvasAgg(figure)
@@ -101,19 +108,21 @@ def audit_picture(table: pa.Table, path: Path) -> None:
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _families(modality: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """What stands before the slash, for each image."""
-    names = pc.unique(modality).cast(pa.string())
-    families = pa.array([(name or "?").partition("/")[0] for name in names.to_pylist()])
-    return families.take(pc.index_in(modality.cast(pa.string()), names)).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+def _families(modality: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Number of each image's family, which is what stands before the slash, and their names by frequency."""
+    modality = modality.cast(pa.string())
+    names = pc.unique(modality)
+    family = [(name or "?").partition("/")[0] for name in names.to_pylist()]
+    kinds = sorted(set(family))
+    kind = np.array([kinds.index(name) for name in family])[pc.index_in(modality, names).to_numpy()]
+    order = np.argsort(-np.bincount(kind, minlength=len(kinds)), kind="stable")
+    return np.argsort(order)[kind], [kinds[number] for number in order]
 
 
-def _family_colours(families: npt.NDArray[Any]) -> dict[str, str]:
-    """Colour of every family that is there, the most frequent first."""
-    names, counts = np.unique(families.astype(str), return_counts=True)
-    ordered = [str(names[index]) for index in np.lexsort((names, -counts))]
+def _family_colours(names: Sequence[str]) -> dict[str, str]:
+    """Colour of every family, in their order."""
     spare = iter(_SPARE)
-    return {name: _FAMILIES.get(name) or next(spare, _REST) for name in ordered}
+    return {name: _FAMILIES.get(name) or next(spare, _REST) for name in names}
 
 
 def _title(figure: Any, survey: Sequence[Cells]) -> None:
@@ -193,7 +202,9 @@ def _draw_levels(axes: Any, survey: Sequence[Cells]) -> None:
     axes.set_title("Level of anisotropy, before random scaling")
 
 
-def _draw_spacings(axes: Any, images: pa.Table, families: npt.NDArray[Any], colours: dict[str, str]) -> None:
+def _draw_spacings(
+    axes: Any, images: pa.Table, families: npt.NDArray[np.int64], colours: dict[str, str]
+) -> None:
     z = images["spacing_z"].to_numpy()
     x = pc.min_element_wise(images["spacing_y"], images["spacing_x"]).to_numpy()
     known = np.flatnonzero(~np.isnan(z) & ~np.isnan(x))
@@ -210,7 +221,7 @@ def _draw_spacings(axes: Any, images: pa.Table, families: npt.NDArray[Any], colo
         x[order],
         z[order],
         s=40 - 32 * strength,
-        c=[colours[family] for family in families[order]],
+        c=np.array(list(colours.values()))[families[order]],
         alpha=0.85 - 0.5 * strength,
         linewidths=0,
         zorder=3,
@@ -239,7 +250,7 @@ def _draw_spacings(axes: Any, images: pa.Table, families: npt.NDArray[Any], colo
             )
 
 
-def _draw_slices(axes: Any, images: pa.Table, families: npt.NDArray[Any], colours: dict[str, str]) -> None:
+def _draw_slices(axes: Any, images: pa.Table, families: npt.NDArray[np.int64], colours: dict[str, str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     volumes = pc.equal(images["dimension"], 3).to_numpy()
@@ -250,7 +261,7 @@ def _draw_slices(axes: Any, images: pa.Table, families: npt.NDArray[Any], colour
     _draw_sizes(axes, slices, np.ones(len(slices)), families[volumes], colours, if_empty="no 3-D image")
 
 
-def _draw_sides(axes: Any, images: pa.Table, families: npt.NDArray[Any], colours: dict[str, str]) -> None:
+def _draw_sides(axes: Any, images: pa.Table, families: npt.NDArray[np.int64], colours: dict[str, str]) -> None:
     sides = pc.min_element_wise(images["shape_h"], images["shape_w"]).to_numpy()
     # By draws: large 2-D collections of one size would hide all else if images were counted.
     weights = (
@@ -268,7 +279,7 @@ def _draw_sizes(
     axes: Any,
     sizes: npt.NDArray[Any],
     weights: npt.NDArray[Any],
-    families: npt.NDArray[Any],
+    families: npt.NDArray[np.int64],
     colours: dict[str, str],
     if_empty: str,
 ) -> None:
@@ -279,13 +290,17 @@ def _draw_sizes(
     low, high = _log_limits(sizes)
     # Bins end between whole numbers: otherwise some hold one number, others two, and the shape lies.
     bins = np.unique(np.floor(np.geomspace(low, high, 45)) + 0.5)
-    there = [name for name in colours if name in set(families)]
+    # Counted here: a histogram of millions of values, one of each family, costs gigabytes.
+    counts = np.zeros((len(colours), len(bins) - 1))
+    np.add.at(counts, (families, np.searchsorted(bins, sizes) - 1), weights)
+    there = np.flatnonzero(np.bincount(families, minlength=len(colours)))
+    middles = (bins[:-1] + bins[1:]) / 2
     axes.hist(
-        [sizes[families == name] for name in there],
+        [middles] * len(there),
         bins=bins,
-        weights=[weights[families == name] for name in there],
+        weights=[counts[number] for number in there],
         stacked=True,
-        color=[colours[name] for name in there],
+        color=[list(colours.values())[number] for number in there],
         linewidth=0.4,
         edgecolor="white",
     )

@@ -115,6 +115,8 @@ def check_version(path: Path) -> None:
     """Raise SetupError if a Parquet file of the corpus is damaged at its end or of a newer version."""
     try:
         _refuse_newer(path, pq.read_schema(path))
+    except (FileNotFoundError, PermissionError):
+        raise
     except (pa.ArrowInvalid, OSError) as error:
         raise SetupError(f"{path} is damaged: {error}. Restore it, or delete it and ingest again.") from error
 

@@ -76,9 +76,8 @@ def survey_corpus(
     Raises SetupError as `catalog.query.load_catalog` and, for `where`, `catalog.sql.select`.
     """
     if where is not None:
-        return survey_table(load_survey_table(corpus, where), by, measures)
-    needless = {"dataset"} | {"body_part", "dimension"} - set(by)
-    columns = [name for name in SURVEY_COLUMNS if name not in needless]
+        return survey_table(load_survey_table(corpus, by, where), by, measures)
+    columns = [name for name in _needed(by) if name != "dataset"]
 
     def read(dataset: str) -> Cells:
         return _cells(dataset, load_dataset(corpus, dataset, columns, dictionaries=_TEXT_COLUMNS), by, measures)
@@ -86,20 +85,24 @@ def survey_corpus(
     return in_threads(read, dataset_ids(corpus))
 
 
-def load_survey_table(corpus: Corpus, where: str | None = None) -> pa.Table:
-    """SURVEY_COLUMNS of all rows, or of those for which `where` holds; columns of text may be dictionaries.
+def load_survey_table(corpus: Corpus, by: Collection[GroupColumn], where: str | None = None) -> pa.Table:
+    """Those of SURVEY_COLUMNS that a survey by `by` needs, of all rows or those for which `where` holds.
 
-    Raises SetupError as `survey_corpus`.
+    Columns of text may be dictionaries. Raises SetupError as `survey_corpus`.
     """
     if where is not None:
         from catalog.sql import select
 
-        return select(corpus, SURVEY_COLUMNS, where)
+        return select(corpus, _needed(by), where)
 
     def read(dataset: str) -> pa.Table:
-        return load_dataset(corpus, dataset, SURVEY_COLUMNS, dictionaries=_TEXT_COLUMNS)
+        return load_dataset(corpus, dataset, _needed(by), dictionaries=_TEXT_COLUMNS)
 
     return pa.concat_tables(in_threads(read, dataset_ids(corpus)))
+
+
+def _needed(by: Collection[GroupColumn]) -> list[str]:
+    return [name for name in SURVEY_COLUMNS if name not in {"body_part", "dimension"} - set(by)]
 
 
 def survey_table(
@@ -128,13 +131,18 @@ def in_threads(function: Callable[[_Argument], _Result], arguments: Iterable[_Ar
 
 def _cells(dataset: str, table: pa.Table, by: Collection[GroupColumn], measures: Collection[Measure]) -> Cells:
     status, statuses = _named_codes(table["status"])
+    ingested = status == (*statuses, "ingested").index("ingested")
+    others = np.flatnonzero(~ingested)
     reason, reasons = _named_codes(table["reason"])
-    outcome, outcomes = _combined([(status, len(statuses)), (reason, len(reasons))], table.num_rows)
-    first_of_outcome = _first_rows(outcome, outcomes)
+    outcomes: dict[tuple[str, str | None], int] = {("ingested", None): table.num_rows - len(others)}
+    for kind, count in zip(
+        *np.unique(status[others] * len(reasons) + reason[others], return_counts=True), strict=True
+    ):
+        outcomes[str(statuses[kind // len(reasons)]), _text(reasons[kind % len(reasons)])] = int(count)
 
     columns = {name: _group_codes(table[name]) for name in sorted({*by, "da_level"} - {"dataset"})}
     code, cells = _combined([(codes, len(found)) for codes, found in columns.values()], table.num_rows)
-    rows, bounds = _rows_by_cell(code, cells, status == (*statuses, "ingested").index("ingested"))
+    rows, bounds = _rows_by_cell(code, cells, ingested)
     labels: list[dict[GroupColumn, tuple[Label, ...]]] = [
         {"dataset": (dataset,)} | {name: found[codes[row]] for name, (codes, found) in columns.items()}
         for row in rows[bounds[:-1]]
@@ -166,10 +174,7 @@ def _cells(dataset: str, table: pa.Table, by: Collection[GroupColumn], measures:
     person, people = _codes(table["subject"])
     return Cells(
         dataset=dataset,
-        outcomes={
-            (str(statuses[status[row]]), _text(reasons[reason[row]])): int(count)
-            for row, count in zip(first_of_outcome, np.bincount(outcome, minlength=outcomes), strict=True)
-        },
+        outcomes=outcomes,
         labels=labels,
         bounds=bounds,
         sums=sums,

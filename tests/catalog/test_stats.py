@@ -143,7 +143,7 @@ def test_files_give_what_their_rows_give(given_changes: list[Any], by: list[Any]
         thick = [one for one in rows if one["shape_d"] > 100 and one["spacing_z"] is not None]
         found = survey_corpus(corpus, by, where="shape_d > 100 AND spacing_z IS NOT NULL")
         assert close(summarise_cells(found, by), summarise(table_of(thick), by))
-        assert close(summarise(load_survey_table(corpus), by), summarise(table_of(rows), by))
+        assert close(summarise(load_survey_table(corpus, by), by), summarise(table_of(rows), by))
 
 
 def close(one: pa.Table, other: pa.Table) -> bool:

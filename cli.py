@@ -491,7 +491,11 @@ class _Interrupted(BaseException):
     """SIGINT or SIGTERM came. Not KeyboardInterrupt, for which the command-line library has its own code."""
 
 
+_signals: list[int] = []
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    _signals.append(signum)
     raise _Interrupted
 
 
@@ -512,7 +516,10 @@ def _main(app: typer.Typer) -> None:
         where = f"{error.filename}: " if error.filename else ""
         typer.echo(f"error: {where}{error.strerror or error}. Mend that and repeat the command.", err=True)
         sys.exit(WRONG_CALL)
-    except _Interrupted:
+    except (_Interrupted, RuntimeError) as error:
+        # DuckDB puts an error of its own in the place of ours when a signal ends a query.
+        if not (isinstance(error, _Interrupted) or _signals):
+            raise
         typer.echo("interrupted: repeat the command to go on.", err=True)
         sys.exit(INTERRUPTED)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from catalog.corpus import Corpus
+from catalog.write import merge_dataset
 from tests.commands import SCRIPTS, command, run
 
 HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tensorstore", "SimpleITK", "cv2"}
@@ -106,6 +111,26 @@ def test_stats_in_every_form(tmp_path: Path, samples: Path) -> None:
     one_line_error(run("pumit-data", "stats", "--data", data, "--csv", "--json"), "--json", "--csv")
     empty = run("pumit-data", "stats", "--data", data, "--where", "false", "--plot", tmp_path / "none.png")
     one_line_error(empty, "--plot")
+
+
+def test_a_long_query_can_be_interrupted(tmp_path: Path) -> None:
+    row = {"dataset": "amos", "key": "k", "subject": "s", "status": "ingested", "split": "train"}
+    row |= {"source_path": "p", "entry_hash": "e", "normalisation_version": 1}
+    merge_dataset(Corpus(tmp_path), "amos", [row], [])
+    endless = "SELECT count(*) FROM range(1000000000000) WHERE range * 7 % 1000003 = 5"
+    process = subprocess.Popen(
+        command("pumit-data", "query", endless, "--data", tmp_path), stderr=subprocess.PIPE, text=True
+    )
+    ticks = os.sysconf("SC_CLK_TCK")
+    while process.poll() is None:
+        user_time = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11])
+        if user_time > 3 * ticks:  # seconds: it starts within one
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "Traceback" not in errors
 
 
 def test_query_in_every_form(tmp_path: Path, samples: Path) -> None:

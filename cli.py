@@ -270,6 +270,9 @@ def ingest(
         raise typer.Exit(SOME_FAILED)
 
 
+CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV instead of tables.")]
+
+
 @data.command()
 def verify(
     datasets: Annotated[
@@ -351,27 +354,90 @@ def stats(
         str | None,
         typer.Option(metavar="A,B", help="One table by these columns instead, such as modality,da_level."),
     ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SQL", help="Only rows for which this holds, such as \"modality = 'CT' and spacing_z < 2\"."
+        ),
+    ] = None,
     as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, as for a paper, instead of tables.")
+    ] = False,
 ) -> None:
-    """Audit the modality and spacing mix: by modality, dataset and DA level."""
-    from catalog.corpus import Corpus
-    from catalog.query import load_catalog
-    from catalog.stats import AUDIT_COLUMNS, audit, grouping, render, render_groups, summarise
+    """Audit the modality and spacing mix: by modality, dataset and DA level.
 
-    table = load_catalog(Corpus(data_dir), columns=AUDIT_COLUMNS, status=None)
+    --by groups by any of dataset, modality, body_part, dimension, da_level and split, and adds shapes. --csv
+    without it is by dataset; --markdown without it is the table of datasets that papers have.
+    """
+    from catalog.corpus import Corpus
+    from catalog.output import batches_of, write_csv
+    from catalog.stats import AUDITED, PAPER, SPACINGS, audit, grouping, summarise_cells
+    from catalog.stats_tables import markdown_groups, markdown_paper, render, render_groups
+    from catalog.survey import survey_corpus
+
+    _one_format({"--json": as_json, "--csv": as_csv, "--markdown": as_markdown})
+    corpus = Corpus(data_dir)
+    if by is None and as_csv:
+        by = "dataset"
     if by is not None:
         columns = grouping(by)
-        groups = summarise(table, columns).to_pylist()
-        _print_json(groups) if as_json else _print(render_groups(groups, columns))
+        groups = summarise_cells(survey_corpus(corpus, columns, where=where), columns)
+        if as_json:
+            _print_json(groups.to_pylist())
+        elif as_csv:
+            write_csv(batches_of(groups), sys.stdout.buffer)
+        elif as_markdown:
+            typer.echo(markdown_groups(groups.to_pylist(), columns), nl=False)
+        else:
+            _print(render_groups(groups.to_pylist(), columns))
+    elif as_markdown:
+        typer.echo(markdown_paper(survey_corpus(corpus, PAPER, (), where)), nl=False)
     else:
-        summary = audit(table)
+        summary = audit(survey_corpus(corpus, AUDITED, SPACINGS, where))
         _print_json(summary) if as_json else render(summary, _console())
     if plot is not None:
-        from catalog.plot import audit_picture
+        from catalog.plot import PICTURED, audit_picture
+        from catalog.survey import load_survey_table
 
-        audit_picture(table, plot)
-        if not as_json:
+        audit_picture(load_survey_table(corpus, PICTURED, where), plot)
+        if not (as_json or as_csv or as_markdown):
             _print(f"Audit picture: {plot}")
+
+
+@data.command()
+def query(
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the table `images`.")],
+    data_dir: DataOption = Path("data"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the result here: .csv, .json or .parquet.", show_default=False
+        ),
+    ] = None,
+    as_csv: CsvOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the catalog in SQL (DuckDB's). The table `images` has all rows and the columns of docs/catalog.md.
+
+    Nothing but the catalog can be read, and nothing written: no other files, no network, no settings.
+    """
+    from catalog import output as formats
+    from catalog.corpus import Corpus
+    from catalog.sql import query as run_query
+
+    _one_format({"--output": output is not None, "--csv": as_csv, "--json": as_json})
+    result = run_query(Corpus(data_dir), sql)
+    if output is not None:
+        with _writing(output):
+            formats.write_file(result, output)
+    elif as_csv:
+        formats.write_csv(result, sys.stdout.buffer)
+    elif as_json:
+        formats.write_json(result, sys.stdout.buffer)
+    else:
+        _print(formats.printable(result))
 
 
 @data.command()
@@ -661,6 +727,12 @@ def _print(what: Any) -> None:
     _console().print(what, markup=False) if isinstance(what, str) else _console().print(what)
 
 
+def _one_format(asked: dict[str, bool]) -> None:
+    given = [name for name, wanted in asked.items() if wanted]
+    if len(given) > 1:
+        raise SetupError(f"{' and '.join(given)} exclude each other. Give one of them.")
+
+
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -683,7 +755,11 @@ class _Interrupted(BaseException):
     """SIGINT or SIGTERM came. Not KeyboardInterrupt, for which the command-line library has its own code."""
 
 
+_signals: list[int] = []
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    _signals.append(signum)
     raise _Interrupted
 
 
@@ -704,7 +780,10 @@ def _main(app: typer.Typer) -> None:
         where = f"{error.filename}: " if error.filename else ""
         typer.echo(f"error: {where}{error.strerror or error}. Mend that and repeat the command.", err=True)
         sys.exit(WRONG_CALL)
-    except _Interrupted:
+    except (_Interrupted, RuntimeError) as error:
+        # DuckDB puts an error of its own in the place of ours when a signal ends a query.
+        if not (isinstance(error, _Interrupted) or _signals):
+            raise
         typer.echo("interrupted: repeat the command to go on.", err=True)
         sys.exit(INTERRUPTED)
 

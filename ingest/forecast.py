@@ -228,9 +228,10 @@ def _ingested(
 ) -> tuple[Figure, Figure, dict[str, float | None], dict[int, float]] | None:
     """What the catalog says of a dataset that is in it."""
     from catalog.query import load_catalog
-    from catalog.stats import AUDIT_COLUMNS, summarise
+    from catalog.stats import summarise
+    from catalog.survey import SURVEY_COLUMNS
 
-    table = load_catalog(corpus, columns=AUDIT_COLUMNS, datasets=[spec.id], status=None)
+    table = load_catalog(corpus, columns=SURVEY_COLUMNS, datasets=[spec.id], status=None)
     by_modality = summarise(table, ["modality"]).to_pylist()
     if not by_modality:
         return None

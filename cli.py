@@ -542,8 +542,11 @@ def view(
     """
     from catalog.corpus import Corpus
     from catalog.view import find_image, picture_name, render
+    from ingest.journal import Journal
+    from ingest.ledger import path_behind
 
-    image = find_image(Corpus(data_dir), key, dataset)
+    corpus = Corpus(data_dir)
+    image = find_image(corpus, key, dataset)
     if save is not None and image.preview is None:
         raise SetupError(
             f"{image.row['dataset']}/{image.row['key']} has no preview, for it is {image.row['status']} "
@@ -558,6 +561,9 @@ def view(
         _print_json(image.row | {"preview": saved})
         return
     render(image, _console())
+    ledger = Journal(corpus, image.row["dataset"]).ledger_file
+    if os.access(ledger, os.R_OK | os.W_OK) and (path := path_behind(ledger, image.row["source_path"])):
+        _print(f"File, known to this corpus alone: {path}")
     _print(f"Preview: {saved}" if saved else "No preview: the image was not ingested.")
 
 

@@ -167,6 +167,16 @@ class FoundSources:
                 (self.spec.entry_hash(), normalisation_version),
             )
 
+    def note_aliases(self, journal: Journal) -> None:
+        """Keep what private names stand for where nobody exports it."""
+        if not self._number("SELECT EXISTS (SELECT 1 FROM source WHERE alias IS NOT NULL)"):
+            return
+        journal.ensure_ledger()
+        with attached(self._database, journal.ledger_file):
+            self._database.execute(
+                "INSERT OR REPLACE INTO ledger.name SELECT alias, path FROM source WHERE alias IS NOT NULL"
+            )
+
     def assign_packs(self, journal: Journal, pack_size: int) -> None:
         """Give every 2-D source its pack, fixed when it is first discovered.
 

@@ -254,9 +254,8 @@ class Journal:
         yield _parts(held)
 
     def ensure_ledger(self) -> None:
-        """Make an empty ledger where there is none."""
-        if not self.ledger_file.exists():
-            update_ledger(self.ledger_file, [])
+        """Make an empty ledger where there is none, and the tables that an earlier one lacks."""
+        update_ledger(self.ledger_file, [])
 
     @property
     def ledger_file(self) -> Path:

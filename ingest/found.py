@@ -270,8 +270,8 @@ class FoundSources:
         if repeated:
             self._database.execute(
                 # Of the globs of a group that match a path the first counts.
-                "DELETE FROM source WHERE (path, glob) NOT IN "
-                "(SELECT path, min(glob) FROM source GROUP BY path)"
+                "DELETE FROM source WHERE id NOT IN (SELECT id FROM (SELECT id, row_number() "
+                "OVER (PARTITION BY path ORDER BY glob, id) AS place FROM source) WHERE place = 1)"
             )
         # Some unpackers make a folder x.nii with x.nii in it: no image but the one inside. '0' comes after '/'.
         self._database.execute(

@@ -6,7 +6,7 @@ import logging
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from catalog.errors import SetupError
@@ -129,7 +129,7 @@ class DaskPool:
     def width(self) -> int:
         """Two tasks for each thread of a worker: one runs, one waits."""
         if time.monotonic() - self._width_known >= _WIDTH_SECONDS:
-            self._width = 2 * max(1, sum(self._asked(self._client.nthreads).values()))
+            self._width = 2 * max(1, threads_of(self._client))
             self._width_known = time.monotonic()
         return self._width
 
@@ -137,7 +137,7 @@ class DaskPool:
         return len(self._running)
 
     def submit(self, task: IngestTask) -> None:
-        future = self._asked(self._client.submit, run_task, task, pure=False)
+        future = _asked(self._client, self._client.submit, run_task, task, pure=False)
         self._running[future] = task
         self._completed.add(future)
 
@@ -158,7 +158,7 @@ class DaskPool:
         except KilledWorker:
             return task, None
         except (CancelledError, CommClosedError) as error:
-            raise self._lost() from error
+            raise _lost() from error
         except RunEndedError as error:
             Journal(task.corpus, task.dataset).check_open(task.run)
             raise SetupError(
@@ -172,20 +172,31 @@ class DaskPool:
             ) from error
 
     def cancel(self) -> None:
-        """Give up what is in flight."""
-        if self._client.status == "running":
-            self._client.cancel(list(self._running))
+        """Give up what is in flight. Where the scheduler is gone, so are its tasks."""
+        with suppress(SetupError):
+            _asked(self._client, self._client.cancel, list(self._running))
 
-    def _asked(self, question: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            return question(*arguments, **options)
-        except Exception as error:
-            if self._client.status == "running":
-                raise
-            raise self._lost() from error
 
-    def _lost(self) -> SetupError:
-        return SetupError(
-            "the connection to the Dask scheduler broke. What was done before is kept: once the scheduler is "
-            "there again, repeat the command, and it goes on."
-        )
+def threads_of(client: Client) -> int:
+    """Number of threads of all workers. SetupError if the scheduler is gone."""
+    return sum(_asked(client, client.nthreads).values())
+
+
+def _asked(client: Client, question: Any, *arguments: Any, **options: Any) -> Any:
+    from distributed.comm import CommClosedError
+
+    try:
+        return question(*arguments, **options)
+    except CommClosedError as error:  # the client may not have noticed yet
+        raise _lost() from error
+    except Exception as error:
+        if client.status == "running":
+            raise
+        raise _lost() from error
+
+
+def _lost() -> SetupError:
+    return SetupError(
+        "the connection to the Dask scheduler broke. What was done before is kept: once the scheduler is there "
+        "again, repeat the command, and it goes on."
+    )

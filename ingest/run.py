@@ -201,7 +201,9 @@ def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: fr
 
 
 def _workers(client: Client | None) -> int:
-    return sum(client.nthreads().values()) if client is not None else 0
+    from ingest.cluster import threads_of
+
+    return threads_of(client) if client is not None else 0
 
 
 def _run_on_cluster(tasks: Iterator[IngestTask], client: Client) -> Iterator[tuple[IngestTask, TaskResult]]:

@@ -27,7 +27,8 @@ MAX_REST = 64 << 20
 """Bytes that may precede the voxels of a file, or follow them; what is beyond is not read to its end."""
 _MAX_EXPANSION = 200
 """How many times its size a compressed file may inflate to. Scans reach 50; zeros reach 1000."""
-_ALWAYS_INFLATED = 1 << 30  # bytes
+_ALWAYS_INFLATED = 256 << 20
+"""Bytes that any file may inflate to: decoders take up to five times as much."""
 
 
 def read_volumes(source: ImageSource) -> Iterator[Volume | ExcludedImage]:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFile
 
-from ingest.readers import inside_root, name, reading
+from ingest.readers import check_inflated, inside_root, name, reading
 from ingest.reasons import ExcludedImage, FailedImage
 from ingest.source import ImageSource
 from ingest.volume import Volume, Voxels
@@ -74,6 +74,7 @@ def _pixels(source: ImageSource, data: bytes) -> tuple[Voxels, tuple[str, ...]]:
             "too_large",
             f"{name(source)}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels. Reduce or split it.",
         ) from None
+    check_inflated(source, image.width * image.height * len(image.getbands()), len(data))
     # The further pictures of an MPO are a camera's previews and second views; pages of a TIFF are not.
     pages = getattr(image, "n_frames", 1)
     if image.format != "MPO" and pages > 1:

@@ -496,7 +496,10 @@ def test_images_that_exhaust_the_memory_are_lost_alone(tmp_path: Path, samples: 
         shutil.copytree(samples / name, raw / name)
     picture = raw / "XR" / "large" / "chest.png"
     picture.parent.mkdir()
-    Image.new("RGB", (12000, 12000), (1, 2, 3)).save(picture, compress_level=1)
+    pixels = np.full((12000, 12000, 3), 9, np.uint8)
+    # Not so small a file that it would be taken for a bomb.
+    pixels[::50] = np.random.default_rng(0).integers(0, 256, pixels[::50].shape, np.uint8)
+    Image.fromarray(pixels).save(picture, compress_level=1)
     volume = raw / "CT" / "huge" / "chest.nii.gz"
     volume.parent.mkdir()
     header = nib.Nifti1Header()

@@ -64,7 +64,7 @@
 
   function families() {
     for (const box of all("[data-shows]")) {
-      const show = () => { document.getElementById(box.dataset.shows).style.display = box.checked ? "" : "none"; };
+      const show = () => { document.getElementById(box.dataset.shows).toggleAttribute("hidden", !box.checked); };
       box.hidden = false;
       box.addEventListener("change", show);
       show();

@@ -30,9 +30,10 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Places and labels at 1, 2 and 5 times the powers of ten."""
+        """Places and labels at 1, 2 and 5 times the powers of ten, and at some more on a short axis."""
+        digits = (1, 1.5, 2, 3, 5, 7) if self.high / self.low < 30 else (1, 2, 5)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        values = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+        values = [digit * 10.0**power for power in powers for digit in digits]
         return [(self.at(value), f"{value:.6g}") for value in values if self.low <= value <= self.high]
 
 
@@ -45,11 +46,12 @@ def spacing_chart(spacings: dict[str, Any], width: float = 860, height: float = 
     across = _axis([mark["in_plane"] for mark in marks], _LEFT, width - _RIGHT)
     deep = _axis([mark["between"] for mark in marks], height - _BOTTOM, _TOP)
     most = max(mark["images"] for mark in marks)
+    largest = 10 - 5 * min(1.0, len(marks) / 1000)  # many marks lie close together
     images: dict[str, int] = {}
     circles: dict[str, list[tuple[int, float, float, float]]] = {}
     for number, mark in enumerate(marks):
         images[mark["family"]] = images.get(mark["family"], 0) + mark["images"]
-        radius = round(2 + 10 * math.sqrt(mark["images"] / most), 1)
+        radius = round(2 + largest * math.sqrt(mark["images"] / most), 1)
         place = (number, across.at(mark["in_plane"]), deep.at(mark["between"]), radius)
         circles.setdefault(mark["family"], []).append(place)
     families = sorted(images, key=lambda name: (-images[name], name))

@@ -418,7 +418,7 @@ def test_55_datasets_of_incompressible_pictures_stay_below_the_limit(tmp_path: P
 
 
 def test_the_wheel_carries_template_style_and_script() -> None:
-    pytest.importorskip("hatchling")
+    pytest.importorskip("hatchling", reason="no hatchling here, which builds the wheel")
     from hatchling.builders.wheel import WheelBuilder
 
     built = next(iter(WheelBuilder(str(REPOSITORY)).build(directory=str(REPOSITORY / "build/report-wheel"))))

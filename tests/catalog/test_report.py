@@ -374,7 +374,7 @@ def test_the_page_needs_nothing_from_elsewhere(corpus: Corpus) -> None:
     assert "unsafe" not in policy
 
 
-def test_same_corpus_same_bytes_whatever_the_order_of_ingest(corpus: Corpus, tmp_path: Path) -> None:
+def test_same_corpus_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
     again = Corpus(tmp_path)
     for dataset in reversed(corpus.datasets()):
         (again.root / f"catalog/dataset={dataset}").mkdir(parents=True)
@@ -404,8 +404,8 @@ def test_55_datasets_of_incompressible_pictures_stay_below_the_limit(tmp_path: P
         dataset = f"collection-{number:02}"
         modalities = ("CT", "MRI/T1", "MRI/T2", "US", "XR")[number % 3 :]
         rows = [
-            image(dataset, 40 * number + n, modalities[n % len(modalities)], key=f"{'long-name-' * 8}{n:03}")
-            for n in range(40)
+            image(dataset, 20 * number + n, modalities[n % len(modalities)], key=f"{'long-name-' * 8}{n:03}")
+            for n in range(20)
         ]
         pictures = [
             {"dataset": dataset, "key": row["key"], "preview": previews[n % len(previews)]}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from catalog.errors import SetupError
+from catalog.store import Location, location
 
 if TYPE_CHECKING:
     from ingest.findings import Finding, Verification
@@ -48,7 +49,16 @@ train = typer.Typer(
 RawOption = Annotated[
     Path, typer.Option("--raw", envvar="PUMIT_RAW", help="Folder that holds one folder per dataset.")
 ]
-DataOption = Annotated[Path, typer.Option("--data", envvar="PUMIT_DATA", help="The prepared corpus.")]
+DataOption = Annotated[
+    Any,  # a Location: Typer knows no unions
+    typer.Option(
+        "--data",
+        envvar="PUMIT_DATA",
+        parser=location,
+        metavar="FOLDER|URL",
+        help="The prepared corpus: a folder, or s3://BUCKET/PREFIX.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -59,10 +69,10 @@ def list_datasets(
     """List the datasets of datasets.yaml, shipped and own, and which of them are ingested."""
     from rich.table import Table
 
-    from catalog.corpus import Corpus
+    from catalog.remote import open_corpus
     from ingest.spec import load_specs
 
-    ingested = set(Corpus(data_dir).datasets())
+    ingested = set(open_corpus(data_dir).datasets())
     specs = load_specs(raw=raw).values()
     if as_json:
         facts = {"id", "title", "folder", "licence", "access", "origin", "citation"}
@@ -163,21 +173,28 @@ def verify(
     The raw folder is needed for --repair, and for entries of your own in its datasets.yaml.
     """
     from catalog.corpus import Corpus
+    from catalog.remote import whole_copy
     from ingest.findings import render_verification, verification_as_json
     from ingest.repair import repair as mend
     from ingest.spec import load_specs
     from ingest.verify import verify as read_back
 
-    corpus, specs = Corpus(data_dir), load_specs(raw=raw)
+    if repair and not isinstance(data_dir, Path):
+        raise SetupError(
+            f"{data_dir}: only a corpus in a folder is repaired. Delete the damaged objects and ingest again, "
+            "which makes them anew."
+        )
+    specs = load_specs(raw=raw)
 
     def checked(chosen: list[str] | None) -> Verification:
-        with _byte_bar("verify") as progress:
+        with whole_copy(data_dir) as corpus, _byte_bar("verify") as progress:
             return read_back(corpus, specs, chosen, deep=deep, workers=workers, progress=progress)
 
     outcome = checked(datasets or None)
     repaired: list[Finding] = []
     problems: list[str] = []
     if repair and outcome.findings:
+        corpus = Corpus(data_dir)
         problems = mend(
             corpus, specs, raw, outcome, workers, lambda plans: _run_plans(plans, corpus, workers, None)
         )
@@ -204,11 +221,11 @@ def stats(
     as_json: JsonOption = False,
 ) -> None:
     """Audit the modality and spacing mix: by modality, dataset and DA level."""
-    from catalog.corpus import Corpus
     from catalog.query import load_catalog
+    from catalog.remote import open_corpus
     from catalog.stats import AUDIT_COLUMNS, audit, grouping, render, render_groups, summarise
 
-    table = load_catalog(Corpus(data_dir), columns=AUDIT_COLUMNS, status=None)
+    table = load_catalog(open_corpus(data_dir), columns=AUDIT_COLUMNS, status=None)
     if by is not None:
         columns = grouping(by)
         groups = summarise(table, columns).to_pylist()
@@ -324,10 +341,10 @@ def view(
 
     With --json, the preview is saved only where --save asks.
     """
-    from catalog.corpus import Corpus
+    from catalog.remote import open_corpus
     from catalog.view import find_image, picture_name, render
 
-    image = find_image(Corpus(data_dir), key, dataset)
+    image = find_image(open_corpus(data_dir), key, dataset)
     if save is not None and image.preview is None:
         raise SetupError(
             f"{image.row['dataset']}/{image.row['key']} has no preview, for it is {image.row['status']} "
@@ -389,7 +406,7 @@ def _train(
     kind: Literal["tokenizer", "mim"],
     preset: str,
     settings: list[str] | None,
-    data_dir: Path,
+    data_dir: Location,
     run: Path,
     resume: bool,
 ) -> None:

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from catalog.corpus import Corpus
 from catalog.durable import replacing, sync
 from catalog.errors import SetupError
+from catalog.store import Location
 
 MANIFEST_VERSION = 1
 
@@ -165,7 +166,7 @@ def seal(corpus: Corpus, dataset: str, digests: Digests) -> None:
     sync(corpus.manifest_file(dataset).parent)
 
 
-def digest_of(path: Path) -> str:
+def digest_of(path: Location) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

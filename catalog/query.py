@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.schema import CATALOG_SCHEMA, SCHEMA_VERSION
+from catalog.store import Location, RemotePath, StoreError
 
 Status = Literal["ingested", "excluded", "failed"]
 Split = Literal["train", "validation"]
@@ -40,13 +40,13 @@ def load_catalog(
     present = corpus.datasets()
     if not present:
         raise SetupError(
-            f"there is no catalog below {corpus.root / 'catalog'}. "
+            f"there is no catalog below {corpus.place / 'catalog'}. "
             "Type `make ingest DATASET=...` with the id of a dataset (`pumit-data list`), or give --data."
         )
     wanted = present if datasets is None else sorted(set(datasets))
     if missing := [dataset for dataset in wanted if dataset not in present]:
         commands = ", ".join(f"`make ingest DATASET={dataset}`" for dataset in missing)
-        raise SetupError(f"{corpus.root} has no catalog of {', '.join(missing)}. Type {commands}.")
+        raise SetupError(f"{corpus.place} has no catalog of {', '.join(missing)}. Type {commands}.")
     conditions = [
         pc.field(name) == value for name, value in (("status", status), ("split", split)) if value is not None
     ]
@@ -72,7 +72,7 @@ def remedy_of(dataset: str) -> str:
 
 
 def read_table(
-    path: Path,
+    path: Location,
     remedy: str,
     columns: Sequence[str] | None = None,
     conditions: Sequence[pc.Expression] = (),
@@ -84,7 +84,8 @@ def read_table(
     there. Raises SetupError, with `remedy` at its end, if the file is damaged or of a newer version.
     """
     try:
-        found = pq.read_schema(path)
+        file = path.open() if isinstance(path, RemotePath) else path
+        found = pq.read_schema(file)
         version = _version(path, found, remedy)
         wanted = None if columns is None else list(columns)
         added: list[pa.Field] = []
@@ -95,7 +96,7 @@ def read_table(
         for term in conditions:
             condition = term if condition is None else condition & term
         table = pq.read_table(
-            path,
+            file,
             columns=None
             if wanted is None
             else [name for name in wanted if name not in {field.name for field in added}],
@@ -103,7 +104,7 @@ def read_table(
             partitioning=None,  # `dataset=...` in the path repeats a column that the file has
             page_checksum_verification=True,
         )
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, StoreError):
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # as a flipped bit may have it
         raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
@@ -112,7 +113,7 @@ def read_table(
     return table.select(wanted) if added else table
 
 
-def _version(path: Path, schema: pa.Schema, remedy: str) -> int:
+def _version(path: Location, schema: pa.Schema, remedy: str) -> int:
     text = (schema.metadata or {}).get(b"pumit_schema_version", b"")
     if not text.isdigit() or int(text) < 1:
         raise SetupError(f"{path} does not say of which version of the catalog it is. {remedy}")

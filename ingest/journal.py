@@ -192,7 +192,7 @@ class Journal:
         Args:
             referenced: shard paths relative to `shards/`.
         """
-        folder = self.corpus.shards / dataset_folder(self.dataset)
+        folder = self.corpus.shards_folder / dataset_folder(self.dataset)
         if not folder.is_dir():
             return
         for array in folder.iterdir():

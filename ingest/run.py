@@ -118,7 +118,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     with _explained(dataset, corpus), journal.lock():
         settle(corpus, dataset)
         journal.merge()  # what a killed run left
-        remove_leftovers(corpus.shards, dataset)
+        remove_leftovers(corpus.shards_folder, dataset)
         subjects: dict[str, set[str]] = defaultdict(set)
         for source in plan.found:
             for modality in source.modalities:

@@ -64,42 +64,155 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 @data.command("list")
 def list_datasets(
-    raw: RawOption = Path("raw"), data_dir: DataOption = Path("data"), as_json: JsonOption = False
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    modality: Annotated[
+        str | None, typer.Option(help="Only datasets that have it: CT, MRI, MRI/T1 ...", show_default=False)
+    ] = None,
+    body_part: Annotated[
+        str | None, typer.Option(help="Only datasets that show it: chest, brain ...", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """List the datasets of datasets.yaml, shipped and own, and which of them are ingested."""
-    from rich.table import Table
+    """List the datasets of datasets.yaml, shipped and own, and which of them are ingested.
 
+    A wide terminal shows more columns; --json has them all.
+    """
     from catalog.remote import open_corpus
+    from ingest.show import chosen, list_as_json, list_table
     from ingest.spec import load_specs
 
     ingested = set(open_corpus(data_dir).datasets())
-    specs = load_specs(raw=raw).values()
+    specs = chosen(load_specs(raw=raw).values(), modality, body_part)
     if as_json:
-        facts = {"id", "title", "folder", "licence", "access", "origin", "citation"}
-        derived = ("modalities", "body_parts", "dimensions", "formats")
-        _print_json(
-            [
-                spec.model_dump(mode="json", include=facts)
-                | {name: getattr(spec, name) for name in derived}
-                | {"ingested": spec.id in ingested}
-                for spec in specs
-            ]
-        )
-        return
-    columns = ("id", "title", "modalities", "dim", "formats", "licence", "access", "ingested")
-    table = Table(*columns, title="Datasets", title_justify="left")
-    for spec in specs:
-        table.add_row(
-            spec.id,
-            spec.title,
-            ", ".join(spec.modalities),
-            ", ".join(f"{dimension}-D" for dimension in spec.dimensions),
-            ", ".join(spec.formats),
-            spec.licence or "not stated",
-            spec.access or "unknown",
-            "yes" if spec.id in ingested else "",
-        )
-    _print(table)
+        _print_json(list_as_json(specs, ingested))
+    else:
+        _print(list_table(specs, ingested, _console().width))
+
+
+@data.command()
+def show(
+    dataset: Annotated[str, typer.Argument(metavar="ID", help="Id as `pumit-data list` shows it.")],
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show all that is known of a dataset: where to get it, how to lay it out, what to cite."""
+    from catalog.remote import open_corpus
+    from ingest.show import as_json as spec_as_json
+    from ingest.show import render
+    from ingest.spec import get_spec
+
+    spec = get_spec(dataset, raw)
+    ingested = spec.id in open_corpus(data_dir).datasets()
+    _print_json(spec_as_json(spec, ingested)) if as_json else render(spec, ingested, _console())
+
+
+@data.command()
+def check(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
+    ],
+    raw: RawOption = Path("raw"),
+    as_json: JsonOption = False,
+) -> None:
+    """Compare folders on disk with what ingest expects, before it runs for hours.
+
+    Ends with 2 if something must be fixed: ingest would stop, or pass over
+    images that are there. What is missing or too much is a warning.
+    """
+    from ingest.check import check_dataset, render
+    from ingest.spec import get_spec
+
+    checks = [check_dataset(get_spec(name, raw), raw) for name in dict.fromkeys(datasets)]
+    if as_json:
+        _print_json([checked.as_json() for checked in checks])
+    else:
+        for checked in checks:
+            render(checked, _console())
+    if not all(checked.fine for checked in checks):
+        raise typer.Exit(WRONG_CALL)
+
+
+@data.command()
+def plan(
+    datasets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.", show_default=False),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All datasets but those that the default mix leaves out.")
+    ] = False,
+    raw: RawOption = Path("raw"),
+    data_dir: DataOption = Path("data"),
+    as_json: JsonOption = False,
+) -> None:
+    """Say what datasets will take before anything is downloaded: disk, hours, licences and logins.
+
+    Figures are what is on disk, in the catalog or published; what nobody tells is shown as unknown.
+    """
+    from catalog.remote import open_corpus
+    from ingest.forecast import Speeds, forecast
+    from ingest.forecast import as_json as forecasts_as_json
+    from ingest.forecast_report import render
+    from ingest.spec import get_spec, load_specs
+
+    if bool(datasets) == everything:
+        raise SetupError("Name datasets, or ask for all of them with --all; see `pumit-data list`.")
+    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
+    if everything:
+        specs = [spec for spec in load_specs(raw=raw).values() if spec.left_out is None]
+    corpus, speeds = open_corpus(data_dir), Speeds()
+    forecasts = [forecast(spec, raw, corpus, speeds) for spec in specs]
+    _print_json(forecasts_as_json(forecasts, speeds)) if as_json else render(forecasts, speeds, _console())
+
+
+@data.command()
+def download(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
+    ],
+    raw: RawOption = Path("raw"),
+    yes: Annotated[bool, typer.Option("--yes", help="Accept licences that restrict the use.")] = False,
+    keep_archives: Annotated[
+        bool, typer.Option("--keep-archives", help="Keep archives after unpacking, in RAW/archives.")
+    ] = False,
+) -> None:
+    """Fetch and unpack datasets that anybody may have; for the others, say how to get them.
+
+    Repeat the call to go on after an interruption. What is there already is left alone.
+    """
+    from ingest.download.notice import consent_question, notice, steps
+    from ingest.download.run import download_dataset, existing_download
+    from ingest.spec import get_spec
+
+    wanted, refused = [], False
+    for spec in [get_spec(name, raw) for name in dict.fromkeys(datasets)]:
+        if (existing := existing_download(spec, raw)) is not None:
+            whose = "complete" if existing.state == "complete" else "there, though not by this command"
+            _print(f"{spec.id}: {whose}, and left as it is: {existing.folder}")
+        elif spec.download is None:
+            _print(steps(spec, raw))
+            refused = True
+        else:
+            _print(notice(spec, raw))
+            if (question := consent_question(spec)) is not None and not yes:
+                if not sys.stdin.isatty():
+                    raise SetupError(f"{spec.id}: {question} Answer with --yes.")
+                if not typer.confirm(question):
+                    raise SetupError(f"{spec.id}: not downloaded.")
+            wanted.append(spec)
+    for spec in wanted:
+        raw.mkdir(parents=True, exist_ok=True)
+        with _byte_bar(spec.id) as show:
+            report = download_dataset(spec, raw, show, keep_archives=keep_archives)
+        if report.problem is None:
+            _print(f"{spec.id}: {report.images} files or series in {report.folder}.")
+        else:
+            _print(f"{spec.id}: is in {report.folder}, but not as its entry expects. {report.problem}")
+            refused = True
+    if refused:
+        raise typer.Exit(WRONG_CALL)
 
 
 @data.command()
@@ -129,21 +242,21 @@ def ingest(
     as_json: JsonOption = False,
 ) -> None:
     """Normalise images into shards and catalog. Repeat the call to go on, or to add new files."""
-    from catalog.corpus import Corpus
     from ingest.names import name_key
+    from ingest.remote import working_copy
     from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
     from ingest.run import plan_ingest
     from ingest.spec import get_spec
 
-    corpus = Corpus(data_dir)
     specs = [get_spec(name, raw) for name in dict.fromkeys(datasets)]
-    private = any(spec.private_names for spec in specs)
-    names = name_key(corpus, names_key, keep=not dry_run) if private else None
-    plans = [plan_ingest(spec, raw, corpus, only, limit, names) for spec in specs]
-    if dry_run:
-        _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
-        return
-    reports = _run_plans(plans, corpus, workers, scheduler)
+    with working_copy(data_dir, [spec.id for spec in specs], write=not dry_run) as corpus:
+        private = any(spec.private_names for spec in specs)
+        names = name_key(corpus, names_key, keep=not dry_run) if private else None
+        plans = [plan_ingest(spec, raw, corpus, only, limit, names) for spec in specs]
+        if dry_run:
+            _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
+            return
+        reports = _run_plans(plans, corpus, workers, scheduler)
     _print_json(reports_as_json(reports)) if as_json else render_reports(reports, _console())
     if any(status == "failed" for report in reports for status, _ in report.total):
         raise typer.Exit(SOME_FAILED)
@@ -457,16 +570,16 @@ def _run_plans(
 
 
 @contextmanager
-def _byte_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the terminal; yields what to call with (bytes done, bytes in all)."""
+def _byte_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on the terminal; yields what to call with (bytes done, bytes in all or None)."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=_console(stderr=True)) as bars:
         bar = bars.add_task(description, total=None)
 
-        def show(done: int, total: int) -> None:
-            bars.update(bar, completed=done, total=max(done, total))
+        def show(done: int, total: int | None) -> None:
+            bars.update(bar, completed=done, total=None if total is None else max(done, total))
 
         yield show
 

@@ -265,7 +265,7 @@ def tensorstore_kvstore(path: RemotePath) -> dict[str, Any]:
 
 
 def tensorstore_context() -> dict[str, Any]:
-    """How often TensorStore asks again. To be called before its first request: patience it knows by environment."""
+    """How often TensorStore asks again. Call it before the first request: patience goes by environment."""
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(STALL_SECONDS))
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     return {

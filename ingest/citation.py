@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ingest.declared import Declared, Text
+
+_GENERATION = re.compile(r" (?:Jr\.?|Sr\.?|I{2,3}|IV)$")
 
 
 class Citation(Declared):
@@ -33,8 +37,8 @@ class Citation(Declared):
     def _joined(names: list[str]) -> str:
         return " and ".join(names) if len(names) == 2 and names[1] != "others" else f"{names[0]} et al."
 
-    def bibtex(self) -> str:
-        """One BibTeX entry; titles keep their capitals."""
+    def bibtex(self, mark: str = "") -> str:
+        """One BibTeX entry; titles keep their capitals, and `mark` ends its key."""
         venue = {"article": "journal", "inproceedings": "booktitle", "dataset": "publisher"}[self.kind]
         fields = {
             "author": self.authors,
@@ -45,10 +49,23 @@ class Citation(Declared):
         }
         lines = [f"  {name} = {{{value}}}" for name, value in fields.items() if value is not None]
         kind = "misc" if self.kind == "dataset" else self.kind
-        return f"@{kind}{{{self._key()},\n" + ",\n".join(lines) + "\n}"
+        return f"@{kind}{{{self.key}{mark},\n" + ",\n".join(lines) + "\n}"
 
-    def _key(self) -> str:
+    @property
+    def key(self) -> str:
         """Surname, year and first long word of the title, in ASCII."""
         words = (word for word in re.findall(r"\w+", self.title) if len(word) > 3)
-        text = f"{self.authors.split(',')[0].split(' ')[-1]}{self.year}{next(words, 'data')}".lower()
+        surname = _GENERATION.sub("", self.authors.split(",")[0]).split(" ")[-1]
+        text = f"{surname}{self.year}{next(words, 'data')}".lower()
         return re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", text))
+
+
+def bibliography(citations: Sequence[Citation]) -> list[str]:
+    """The references as BibTeX entries with different keys: `ji2022amos`, or `ji2022amosa`, `ji2022amosb`."""
+    keys = [citation.key for citation in citations]
+    seen: Counter[str] = Counter()
+    entries = []
+    for citation, key in zip(citations, keys, strict=True):
+        entries.append(citation.bibtex(chr(ord("a") + seen[key]) if keys.count(key) > 1 else ""))
+        seen[key] += 1
+    return entries

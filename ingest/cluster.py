@@ -17,6 +17,8 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
     # ITK counts its own threads.
     "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"
 }
+_QUIET = {"PYTHONWARNINGS": "ignore", "OPENCV_LOG_LEVEL": "OFF"}
+"""What libraries say of an odd file would tear the progress bar; its row says what became of it."""
 _CONNECT_SECONDS = 20
 
 
@@ -47,7 +49,7 @@ def open_client(workers: int | None = None, scheduler: str | None = None) -> Ite
         return
 
     settings = {
-        "distributed.nanny.pre-spawn-environ": _ONE_THREAD,
+        "distributed.nanny.pre-spawn-environ": _ONE_THREAD | _QUIET,
         # The run itself tries the tasks of a worker that died again, one at a time.
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": True,

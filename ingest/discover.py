@@ -32,6 +32,13 @@ _log = logging.getLogger(__name__)
 _IF_WRONG = "If you know better, remove its line from `exclusions` in datasets.yaml."
 _VOLUME_KEY = re.compile(r"#\d{4,}$")
 """The ending that the volumes of one file get."""
+_RENAME_ODD = (
+    "the name has control characters or is no valid Unicode, spelled out here with backslashes. Rename it."
+)
+_RENAME_VOLUME = "the name ends in '#' and digits, as only the keys of a file's volumes do. Rename it."
+_MEND_TABLE = (
+    "the table that lists it leads out of the dataset's folder. Correct that line; nothing there was read."
+)
 
 
 def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
@@ -42,22 +49,28 @@ def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
     """
     if not raw.is_dir():
         raise SetupError(f"The raw folder {raw} does not exist. Say where it is: --raw FOLDER.")
+    found = existing_roots(spec, raw)
+    names = spec.id if spec.id == spec.folder else f"{spec.id} or {spec.folder}"
+    if not found:
+        raise SetupError(f"{spec.id}: {raw} has no folder {names}. {_expected(spec)}")
+    if len(found) > 1:
+        both = " and ".join(sorted(map(str, found)))
+        raise SetupError(f"{spec.id}: both {both} exist. Keep one.")
+    root = found[0]
+    if not _entries(root):
+        raise SetupError(f"{spec.id}: {root} is empty. {_expected(spec)}")
+    return root
+
+
+def existing_roots(spec: DatasetSpec, raw: Path) -> list[Path]:
+    """Folders under an existing `raw` that go by the id or the published name of a dataset, empty or not."""
     found: dict[tuple[int, int], Path] = {}  # by identity: id and published name may be one folder
     for name in (spec.id, spec.folder):
         for path in _expand(raw.absolute(), tuple(escape(name).split("/")), folders=True):
             if path.is_dir():
                 status = path.stat()
                 found.setdefault((status.st_dev, status.st_ino), path)
-    names = spec.id if spec.id == spec.folder else f"{spec.id} or {spec.folder}"
-    if not found:
-        raise SetupError(f"{spec.id}: {raw} has no folder {names}. {_expected(spec)}")
-    if len(found) > 1:
-        both = " and ".join(sorted(map(str, found.values())))
-        raise SetupError(f"{spec.id}: both {both} exist. Keep one.")
-    root = next(iter(found.values()))
-    if not _entries(root):
-        raise SetupError(f"{spec.id}: {root} is empty. {_expected(spec)}")
-    return root
+    return list(found.values())
 
 
 def find_sources(spec: DatasetSpec, root: Path, names: NameKey | None = None) -> list[ImageSource]:
@@ -88,8 +101,7 @@ def find_sources(spec: DatasetSpec, root: Path, names: NameKey | None = None) ->
                 raise SetupError(
                     f"{spec.id}: {path} is found by two of the `images` groups, the last [{number}]."
                 )
-            fields = _fields(spec, group, path, name) | dict(cells)
-            source = _source(spec, group, root, path, name, fields, channels)
+            source = _source(spec, group, root, path, name, cells, channels)
             if spec.private_names and names is not None:
                 source = _renamed(source, name, names)
             other = by_key.setdefault(source.key, source)
@@ -100,7 +112,8 @@ def find_sources(spec: DatasetSpec, root: Path, names: NameKey | None = None) ->
                 )
             own.add(path)
             by_path[path] = source
-            if group.share_among is not None:
+            if group.share_among is not None and source.failure is None:
+                fields = _fields(spec, group, path, name) | dict(cells)
                 sharing[number, group.share_among.format_map(fields)].append(path)
     if not by_path:
         raise SetupError(f"{spec.id}: no image found in {root}. {_expected(spec)}")
@@ -111,40 +124,38 @@ def find_sources(spec: DatasetSpec, root: Path, names: NameKey | None = None) ->
     return sorted(by_path.values(), key=lambda source: source.key)
 
 
-def _fields(spec: DatasetSpec, group: ImageGroup, path: str, name: str) -> dict[str, str]:
-    """What the named groups of `path` say."""
-    match = re.fullmatch(group.path, name, re.IGNORECASE)
-    if match is None:
-        raise SetupError(
-            f"{spec.id}: {path} looks like an image, but does not match `path` {group.path!r}. If it does not "
-            "belong to the dataset, move it away; else extend `path` or `ignore` in datasets.yaml."
-        )
-    return match.groupdict(default="")
-
-
 def _source(
     spec: DatasetSpec,
     group: ImageGroup,
     root: Path,
     path: str,
     name: str,
-    fields: Mapping[str, str],
+    cells: Mapping[str, str],
     channels: tuple[str, ...],
 ) -> ImageSource:
-    """Describe one path.
+    """Describe one path. One that cannot be used gets a source that fails, so that it stops none of the others.
 
     Args:
         name: its NFC form, which rules and keys go by.
-        fields: what templates and rules may use.
+        cells: what a table says of it.
         channels: modalities of the volumes of every file, if dataset.json names them.
     """
+    if not f"{name}{''.join(cells.values())}".isprintable():
+        # A row needs text: what is none is spelled out, and there is no need to find the file again.
+        path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+        return _unusable(spec, group, root, path, "unusable_name", _RENAME_ODD)
+    if _leads_out(name):
+        return _unusable(spec, group, root, path, "outside_root", _MEND_TABLE)
+    fields = _fields(spec, group, path, name) | dict(cells)
     key = group.key.format_map(fields)
     subject = key if group.subject is None else group.subject.format_map(fields)
-    if not key or not subject or _VOLUME_KEY.search(key) or not f"{name}{key}{subject}".isprintable():
+    if not key or not subject:
         raise SetupError(
-            f"{spec.id}: {path!r} gives the key {key!r} and the subject {subject!r}. Neither may be empty, "
-            "the key may not end in '#' and digits, and names must be printable Unicode. Rename the file."
+            f"{spec.id}: {path!r} gives the key {key!r} and the subject {subject!r}. Neither may be empty: "
+            "rename the file, or extend `key` or `subject` in datasets.yaml."
         )
+    if _VOLUME_KEY.search(key):
+        return _unusable(spec, group, root, path, "unusable_name", _RENAME_VOLUME)
     volumes = channels or group.volumes
     rule = next((rule for rule in group.modality if _matches(rule, name, fields)), None)
     upstream: str | None
@@ -174,6 +185,34 @@ def _source(
         share_weight=group.share_weight,
         exclude=("declared", f"{exclusion.reason}. {_IF_WRONG}") if exclusion else None,
     )
+
+
+def _unusable(
+    spec: DatasetSpec, group: ImageGroup, root: Path, path: str, reason: str, message: str
+) -> ImageSource:
+    """A source that fails with a reason. Its path is its key, for the rules may not be able to tell one."""
+    return ImageSource(
+        dataset=spec.id,
+        key=path,
+        subject=path,
+        path=path,
+        root=root,
+        format=group.format,
+        dimension=group.dimension,
+        modality=group.modalities[0],
+        failure=(reason, message),
+    )
+
+
+def _fields(spec: DatasetSpec, group: ImageGroup, path: str, name: str) -> dict[str, str]:
+    """What the named groups of `path` say."""
+    match = re.fullmatch(group.path, name, re.IGNORECASE)
+    if match is None:
+        raise SetupError(
+            f"{spec.id}: {path} looks like an image, but does not match `path` {group.path!r}. If it does not "
+            "belong to the dataset, move it away; else extend `path` or `ignore` in datasets.yaml."
+        )
+    return match.groupdict(default="")
 
 
 def _renamed(source: ImageSource, name: str, names: NameKey) -> ImageSource:
@@ -258,8 +297,14 @@ def _paths(spec: DatasetSpec, group: ImageGroup, root: Path) -> Iterator[tuple[s
     """
     if group.table is not None:
         yield from sorted(_listed(spec, group.table, root).items())
-    for glob in group.globs:
-        yield from ((path, {}) for path in sorted(p.relative_to(root).as_posix() for p in _glob(root, glob)))
+    found = [path for glob in group.globs for path in sorted(_relative(root, _glob(root, glob)))]
+    # Some unpackers make a folder x.nii with x.nii in it: no image but the one inside.
+    folders = {path.rpartition("/")[0] for path in found}
+    yield from ((path, {}) for path in found if path not in folders)
+
+
+def _relative(root: Path, paths: Iterable[Path]) -> Iterator[str]:
+    return (path.relative_to(root).as_posix() for path in paths)
 
 
 def _glob(root: Path, glob: str) -> Iterator[Path]:
@@ -298,8 +343,8 @@ def _expand(
                 yield from _expand(path, rest, folders=folders)
             elif dangling:
                 _log.warning("%s is a link that leads nowhere; what it stood for is not found.", path)
-        elif dangling or (_is_folder(entry) if folders else entry.is_file()):
-            yield path
+        elif dangling or (_is_folder(entry) if folders else not _is_folder(entry) or "." in part):
+            yield path  # pipes, and folders named as files, too: reading them fails with a reason
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -336,7 +381,9 @@ def _listed(spec: DatasetSpec, table: Table, root: Path) -> dict[str, dict[str, 
                 listed.pop(earlier, None)
             folder_of[series] = folder
             listed[folder] = cells
-    present = {folder: cells for folder, cells in listed.items() if (root / folder).is_dir()}
+    present = {
+        folder: cells for folder, cells in listed.items() if _leads_out(folder) or (root / folder).is_dir()
+    }
     if len(present) < len(listed):
         missing = len(listed) - len(present)
         _log.warning("%s: %d of %d listed series are not there.", spec.id, missing, len(listed))
@@ -345,6 +392,29 @@ def _listed(spec: DatasetSpec, table: Table, root: Path) -> dict[str, dict[str, 
 
 def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[tuple[str, dict[str, str], str]]:
     """Of a table's wanted rows: folder relative to the root, cells by name, what the series is known by."""
+    wanted = {
+        column.casefold(): {value.casefold() for value in ([values] if isinstance(values, str) else values)}
+        for column, values in table.where.items()
+    }
+    for number, values in _lines(spec, table, file):
+        if any(values[column].casefold() not in allowed for column, allowed in wanted.items()):
+            continue
+        location = values[table.folder_column.casefold()]
+        folder = _placed(file.parent.relative_to(root), location)
+        if folder is None:
+            raise SetupError(
+                f"{spec.id}: {file}, line {number}: {table.folder_column!r} must name a folder below that of "
+                f"the table, not {location!r}."
+            )
+        yield (
+            folder,
+            {name: values[column.casefold()] for name, column in table.columns.items()},
+            "" if table.unique is None else values[table.unique.casefold()],
+        )
+
+
+def _lines(spec: DatasetSpec, table: Table, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Each row of a table: the number of its line, and its cells by the column's name in lower case."""
     named = (table.folder_column, *table.where, *table.columns.values(), *filter(None, [table.unique]))
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
@@ -355,47 +425,56 @@ def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[t
                     raise SetupError(
                         f"{spec.id}: {file} has no column {column!r}, only: {', '.join(names) or 'nothing'}."
                     )
-            wanted = {
-                column.casefold(): {
-                    value.casefold() for value in ([values] if isinstance(values, str) else values)
-                }
-                for column, values in table.where.items()
-            }
             for row in filter(None, lines):
                 cells = row + [""] * (len(names) - len(row))
-                values = {name: cells[index].strip() for name, index in names.items()}
-                if any(values[column].casefold() not in allowed for column, allowed in wanted.items()):
-                    continue
-                location = values[table.folder_column.casefold()]
-                folder = _inside(file.parent.relative_to(root), location)
-                if folder is None:
-                    raise SetupError(
-                        f"{spec.id}: {file}, line {lines.line_num}: {table.folder_column!r} must name a "
-                        f"folder below that of the table, not {location!r}."
-                    )
-                yield (
-                    folder,
-                    {name: values[column.casefold()] for name, column in table.columns.items()},
-                    "" if table.unique is None else values[table.unique.casefold()],
-                )
+                yield lines.line_num, {name: cells[index].strip() for name, index in names.items()}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SetupError(f"{spec.id}: {file} cannot be read as CSV: {error}.") from error
 
 
-def _inside(start: Path, location: str) -> str | None:
-    """A table's `./a/b` or `.\\a\\b` relative to the root; None where it leaves the table's folder."""
+def listed_folders(spec: DatasetSpec, root: Path) -> set[str]:
+    """All folders that the tables of a dataset list, wanted or not, relative to the root.
+
+    Raises:
+        SetupError: a table is missing or malformed.
+    """
+    listed: set[str] = set()
+    for table in (group.table for group in spec.images if group.table is not None):
+        for file in {file for glob in table.files for file in _glob(root, glob)}:
+            for _, values in _lines(spec, table, file):
+                folder = _placed(file.parent.relative_to(root), values[table.folder_column.casefold()])
+                if folder is not None and not _leads_out(folder):
+                    listed.add(folder)
+    return listed
+
+
+def _placed(start: Path, location: str) -> str | None:
+    """A table's `./a/b` or `.\\a\\b` relative to the root; as it is where it leads out; None if empty."""
     path = PurePosixPath(location.replace("\\", "/"))
-    if path.is_absolute() or not path.parts or ".." in path.parts or ":" in path.parts[0]:
+    if not path.parts:
         return None
-    return (PurePosixPath(start.as_posix()) / path).as_posix()
+    return (
+        path.as_posix() if _leads_out(path.as_posix()) else (PurePosixPath(start.as_posix()) / path).as_posix()
+    )
 
 
-def _expected(spec: DatasetSpec) -> str:
+def _leads_out(path: str) -> bool:
+    return path.startswith("/") or ".." in PurePosixPath(path).parts
+
+
+def expected_layout(spec: DatasetSpec) -> str:
     """The layout in words, for who has none of it."""
     patterns: list[str] = []
     for group in spec.images:
         patterns += group.globs
         if group.table is not None:
             patterns.append(f"{' or '.join(group.table.files)} with the folders it lists")
-    origin = f" It is offered at {spec.origin}." if spec.origin else ""
-    return f"Expected below {spec.folder}/: {'; '.join(dict.fromkeys(patterns))}.{origin}"
+    return f"Expected below {spec.folder}/: {'; '.join(dict.fromkeys(patterns))}."
+
+
+def _expected(spec: DatasetSpec) -> str:
+    address = spec.access.address if spec.access is not None else None
+    offered = f" It is offered at {address}." if address else ""
+    if spec.download is not None or (spec.access is not None and spec.access.steps):
+        offered += f" `pumit-data download {spec.id}` gets it, or says how to."
+    return f"{expected_layout(spec)}{offered}"

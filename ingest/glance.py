@@ -22,12 +22,13 @@ from ingest.reasons import ExcludedImage, FailedImage
 from ingest.source import Format, ImageSource
 from ingest.volume import Volume
 
-_SUFFIXES: dict[str, Format] = {
+SUFFIXES: dict[str, Format] = {
     **dict.fromkeys((".nii", ".nii.gz"), "nifti"),
     **dict.fromkeys((".dcm", ".dicom", ".ima"), "dicom"),
     **dict.fromkeys((".mha", ".mhd", ".nrrd", ".nhdr"), "itk"),
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"), "raster"),
 }
+"""Formats by the ending of a name, in lower case."""
 _MAGIC: list[tuple[int, bytes, Format]] = [
     (128, b"DICM", "dicom"),
     (344, b"n+1\0", "nifti"),
@@ -151,12 +152,12 @@ def survey(folder: Path) -> Survey:
     Raises:
         SetupError: a folder cannot be listed.
     """
-    files, folders = _listing(folder)
+    files, folders = listing(folder)
     images: list[Glance] = []
     others: list[str] = []
     dicom: dict[str, list[str]] = defaultdict(list)
     for path in files:
-        kind = _format_or_none(folder / path)
+        kind = format_or_none(folder / path)
         if kind == "dicom":
             dicom[path.rpartition("/")[0]].append(path)
             continue
@@ -208,7 +209,7 @@ def series_folder(file: Path) -> Glance | None:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     except OSError as error:
         raise SetupError(f"Cannot list the folder {folder}: {error.strerror}.") from error
-    members = [name for name in names if not name.startswith(".") and _format_or_none(folder / name) == "dicom"]
+    members = [name for name in names if not name.startswith(".") and format_or_none(folder / name) == "dicom"]
     seen = _glance_dicom(folder, "", members) if len(members) > 1 else []
     return seen[0] if seen and seen[0].is_folder else None
 
@@ -230,7 +231,7 @@ def format_of(file: Path) -> Format | None:
     suffix = suffix_of(file.name).lower()
     if not suffix and start[:2] == b"\x08\x00" and len(start) > 132:
         return "dicom"  # a data set without preamble: it begins with group 0008
-    return _SUFFIXES.get(suffix)
+    return SUFFIXES.get(suffix)
 
 
 def suffix_of(name: str) -> str:
@@ -247,15 +248,23 @@ def stem_of(name: str) -> str:
     return name.removesuffix(suffix_of(name))
 
 
-def _format_or_none(file: Path) -> Format | None:
+def format_or_none(file: Path) -> Format | None:
+    """As `format_of`; of a file that cannot be opened, by its name alone."""
     try:
         return format_of(file)
     except SetupError:
-        return _SUFFIXES.get(suffix_of(file.name).lower())
+        return SUFFIXES.get(suffix_of(file.name).lower())
 
 
-def _listing(folder: Path) -> tuple[list[str], list[str]]:
-    """All files and all folders below a folder, sorted; links are followed, except in circles."""
+def listing(folder: Path) -> tuple[list[str], list[str]]:
+    """All files and all folders below a folder, hidden ones left out, in one walk.
+
+    Paths are relative, with forward slashes; the names of a folder are sorted. Links are followed, except in
+    circles.
+
+    Raises:
+        SetupError: a folder cannot be listed.
+    """
     files: list[str] = []
     folders: list[str] = []
 
@@ -270,10 +279,14 @@ def _listing(folder: Path) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith((".", "__MACOSX")):
                 continue
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                continue
+            if is_folder:
                 folders.append(prefix + entry.name)
                 visit(place / entry.name, f"{prefix}{entry.name}/", (*above, real))
-            elif entry.is_file():
+            elif is_file:
                 files.append(prefix + entry.name)
 
     visit(folder, "", ())
@@ -284,7 +297,7 @@ def _glance_file(folder: Path, path: str, kind: Format) -> Glance | None:
     if kind == "raster":
         return _seen(path, kind, 2, False, "a picture file")
     try:
-        shape, volumes = (_nifti_shape if kind == "nifti" else _itk_shape)(folder / path)
+        shape, volumes = _nifti_shape(folder / path) if kind == "nifti" else _itk_shape(folder, path)
     except Exception:
         # Damaged, or named as what it is not: reading it tells why, in the words of its reader.
         return _seen(path, kind, 3, False, "its header cannot be read: taken as 3-D")
@@ -313,15 +326,12 @@ def _nifti_shape(file: Path) -> tuple[tuple[int, int, int], int]:
     return _spatial(nib.load(file).header.get_data_shape())
 
 
-def _itk_shape(file: Path) -> tuple[tuple[int, int, int], int]:
-    import SimpleITK as sitk  # noqa: N813 - the name its documentation uses
+def _itk_shape(folder: Path, path: str) -> tuple[tuple[int, int, int], int]:
+    from ingest.readers.itk import announced_shape
 
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    reader.ReadImageInformation()
-    shape, volumes = _spatial(reader.GetSize())
-    components = reader.GetNumberOfComponents()
+    image = _seen(path, "itk", 3, False, "")
+    lengths, components = announced_shape(as_source(folder, image, dataset="guess", key="guess"))
+    shape, volumes = _spatial(lengths)
     colours = components == 3 and shape[2] == 1
     return shape, volumes * (1 if colours else components)
 

@@ -48,6 +48,9 @@ _KNOWN_LATER = {
 }
 _ROW_COLUMNS = [name for name in CATALOG_SCHEMA.names if name not in _KNOWN_LATER]
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""Beyond it a voxel is infinite to a training."""
+
 Spacing = tuple[float | None, float | None, float | None]
 
 
@@ -91,7 +94,9 @@ def normalise(volume: Volume, source: ImageSource, *, lossless: bool = False) ->
         return _normalise(volume, source, lossless=lossless)
     except ExcludedImage as outcome:
         key = image_key(source, volume.index, volume.count)
-        raise ExcludedImage(outcome.reason, f"{source.dataset}/{key}: {outcome.message}") from outcome
+        raise ExcludedImage(
+            outcome.reason, f"{source.dataset}/{key} ({source.path}): {outcome.message}"
+        ) from outcome
 
 
 def excluded_row(
@@ -141,6 +146,9 @@ def _normalise(volume: Volume, source: ImageSource, *, lossless: bool) -> Normal
     is_8_bit_2d = volume.dimension == 2 and volume.voxels.dtype == np.uint8
 
     whole = distribution(values, padding)
+    extremes = [slope * value + intercept for value in (whole.minimum, whole.maximum)]
+    if not max(map(abs, extremes)) <= _LARGEST:
+        raise ExcludedImage("not_finite", f"values from {extremes[0]:.3g} to {extremes[1]:.3g}")
     low = percentile_above_minimum(whole, LOW_PERCENT)
     uncropped = reorder(values, layout)
     box = foreground_box(uncropped, 0.0 if is_8_bit_2d else low, padding)

@@ -100,7 +100,7 @@ class Journal:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SetupError(
-                    f"{self.dataset}: another ingest into {self.corpus.root}, or a `verify`, is running. "
+                    f"{self.dataset}: another ingest into {self.corpus.place}, or a `verify`, is running. "
                     "Wait for it to end."
                 ) from error
             yield
@@ -173,7 +173,7 @@ class Journal:
         Membership follows the sorted list of discovered sources, whatever part of it a call ingests, so
         that a killed run ends with the same packs. Sources discovered later open new packs.
         """
-        file = self.folder / "packs.parquet"
+        file = self._packs_file
         known: dict[str, int] = {}
         if file.exists():
             table = pq.read_table(file, schema=_PACK_SCHEMA)
@@ -198,6 +198,14 @@ class Journal:
         for array in folder.iterdir():
             if f"{folder.name}/{array.name}" not in referenced:
                 shutil.rmtree(array) if array.is_dir() else array.unlink()
+
+    def kept_files(self) -> list[Path]:
+        """What a run needs to know of earlier ones, between runs."""
+        return [self._done_file, self._packs_file]
+
+    @property
+    def _packs_file(self) -> Path:
+        return self.folder / "packs.parquet"
 
     @property
     def _tasks(self) -> Path:

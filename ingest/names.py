@@ -47,7 +47,7 @@ def name_key(corpus: Corpus, given: Path | None = None, *, keep: bool = True) ->
     Raises:
         SetupError: the file holds no key, cannot be read, or is another than the corpus was made with.
     """
-    file = corpus.private / "names.key"
+    file = _key_file(corpus)
     present = _read(file) if file.exists() else None
     if given is not None:
         wanted = _read(given)
@@ -62,6 +62,16 @@ def name_key(corpus: Corpus, given: Path | None = None, *, keep: bool = True) ->
     if keep and present is None:
         _write(file, present_or_new)
     return present_or_new
+
+
+def copy_key(source: Corpus, target: Corpus) -> None:
+    """Give one corpus the key of another, if that has one."""
+    if _key_file(source).is_file():
+        _write(_key_file(target), _read(_key_file(source)))
+
+
+def _key_file(corpus: Corpus) -> Path:
+    return corpus.private / "names.key"
 
 
 def _read(file: Path) -> NameKey:

@@ -166,13 +166,15 @@ def _present(corpus: Corpus, dataset: str) -> set[str]:
     A user may have deleted a damaged one so that ingest writes it anew.
     """
     from catalog.query import load_catalog
+    from shards.check import arrays_there
 
     if not corpus.catalog_file(dataset).exists():
         return set()
     columns = ["source_path", "shard_path"]
     table = load_catalog(corpus, columns=columns, datasets=[dataset], status=None)
     shards = table["shard_path"].to_pylist()
-    gone = {shard for shard in set(shards) - {None} if not (corpus.shards / shard).is_dir()}
+    there = arrays_there(corpus.shards, dataset)
+    gone = {shard for shard in set(shards) - {None} if not there(shard)}
     paths = table["source_path"].to_pylist()
     return set(paths) - {path for path, shard in zip(paths, shards, strict=True) if shard in gone}
 

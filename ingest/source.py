@@ -40,6 +40,8 @@ class ImageSource:
     """The n volumes of the file share its weight; `after-first`: all but the first do."""
     exclude: tuple[str, str] | None = None
     """(reason code, message) when datasets.yaml leaves this source out by name."""
+    failure: tuple[str, str] | None = None
+    """(reason code, message) when its name alone tells that it cannot be read."""
 
     @property
     def file(self) -> Path:

@@ -22,6 +22,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from catalog.errors import SetupError
+from ingest.access import Access, Download, Folder
 from ingest.citation import Citation
 from ingest.declared import Declared, Regex, Text, checked_relative, not_empty, path_parts
 from ingest.source import DepthAxis, Format
@@ -186,7 +187,6 @@ def _allowed(fields: list[str]) -> str:
 
 
 DatasetId = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
-Folder = Annotated[str, AfterValidator(checked_relative)]
 
 
 class Part(Declared):
@@ -197,6 +197,10 @@ class Part(Declared):
     """Searched in the path of an image: does it belong to this part?"""
     images: Annotated[int, Field(gt=0)] | None = None
     """Number of files or series in this part, as published."""
+
+    def covers(self, path: str) -> bool:
+        """Whether an image belongs to this part, by its path in Unicode NFC."""
+        return re.search(self.match, path, re.IGNORECASE) is not None
 
 
 class Published(Declared):
@@ -238,9 +242,10 @@ class DatasetSpec(Declared):
     """What a user should know of the dataset that no other field says."""
     licence: Text | None = None
     """As the publisher states it; null where none is stated."""
-    access: Literal["open download", "account login", "registration", "included"] | None = None
-    origin: Text | None = None
-    """Where the publisher offers it."""
+    access: Access | None = None
+    """How the publisher offers it."""
+    download: Download | None = None
+    """How `pumit-data download` gets it, where anybody may have it without an account."""
     citation: tuple[Citation, ...] = ()
 
     @model_validator(mode="after")
@@ -271,7 +276,7 @@ class DatasetSpec(Declared):
     def entry_hash(self) -> str:
         """sha256 (hexadecimal) of the fields that shape catalog rows and voxels.
 
-        Title, licence, access, origin and citation do not; nor does `ignore`, which only keeps files out.
+        Title, licence, access, download and citation do not; nor does `ignore`, which only keeps files out.
         Fields at their default are left out, so that a new optional field changes no hash.
         """
         shaping = self.model_dump(

@@ -130,6 +130,9 @@ def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
         return excluded_row(source, explained, index, count, volume) | {"preview": None}
 
     try:
+        if source.failure is not None:
+            reason, why = source.failure
+            raise FailedImage(reason, f"{source.dataset}/{source.key} ({source.path}): {why}")
         if source.exclude is not None:
             reason, why = source.exclude
             raise ExcludedImage(reason, f"{name(source)}: {why}")

@@ -24,6 +24,7 @@ from catalog.spacing import da_level, degree_of_anisotropy
 from catalog.store import Location, RemotePath, StoreError
 from ingest.findings import Amount, Finding, Kind, Verification
 from ingest.journal import Journal
+from ingest.lease import refuse_writer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -530,6 +531,8 @@ def _size_on_disk(corpus: Corpus, dataset: str) -> int:
 @contextmanager
 def _no_ingest(corpus: Corpus, dataset: str) -> Iterator[None]:
     """Keep an ingest of the dataset from starting meanwhile. A copied corpus has no lock, and no ingest."""
+    if corpus.origin is not None:
+        refuse_writer(corpus.origin, dataset)
     path = Journal(corpus, dataset).folder / "lock"
     try:
         handle = path.open("rb")

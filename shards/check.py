@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -21,10 +23,25 @@ from shards.layout import (
     array_metadata,
     chunk_bytes,
     chunk_grid,
+    dataset_folder,
     pack_chunk,
     refuse_newer_layout,
     volume_chunk,
 )
+
+
+def arrays_there(shards_root: Location, dataset: str) -> Callable[[str], bool]:
+    """Tells of the path of an array, relative to the shards folder, whether it lies there.
+
+    Of an object store, all names are listed first: asking for each would take hours.
+    """
+    if isinstance(shards_root, Path):
+        return lambda path: (shards_root / path).is_dir()
+    folder = dataset_folder(dataset)
+    end = f"/{METADATA_FILE}"
+    listed = (item.name for item in (shards_root / folder).walk())
+    found = {f"{folder}/{name.removesuffix(end)}" for name in listed if name.endswith(end)}
+    return found.__contains__
 
 
 def checked_digest(shard_file: Location, grid: Shape) -> tuple[npt.NDArray[np.int64], str]:

@@ -14,7 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+from PIL import Image
+
+from catalog.store import RemotePath
 
 _SENT_BEFORE_A_RESET = 0.5
 _LONGER_THAN_ANY_PATIENCE = 100  # seconds
@@ -176,3 +183,32 @@ def make_bucket(port: int, name: str) -> None:
     connection.request("PUT", f"/{name}")
     assert connection.getresponse().status == 200
     connection.close()
+
+
+def make_raw(raw: Path) -> None:
+    folder = raw / "demo"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for name, shape in {"large 100%": (260, 200, 48), "small": (40, 30, 20)}.items():
+        voxels = draw.integers(-1000, 1000, shape).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels, np.diag([1, 1, 2, 1])), folder / f"{name}.nii.gz")
+    for number in range(3):
+        pixels = draw.integers(0, 256, (60, 50 + number)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"picture_{number}.png")
+
+
+def upload(folder: Path, target: RemotePath) -> None:
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and not name.startswith("private/"):
+            (target / name).write(file)
+
+
+def download(source: RemotePath, folder: Path) -> Path:
+    """All objects below a place, but those of `private/`, as files."""
+    for item in source.walk():
+        if not item.name.startswith("private/"):
+            file = folder / item.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes((source / item.name).read_bytes())
+    return folder

@@ -18,7 +18,22 @@ HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tenso
 @pytest.mark.parametrize(
     ("script", "subcommands"),
     [
-        ("pumit-data", ["list", "ingest", "stats", "inspect", "view", "add", "verify"]),
+        (
+            "pumit-data",
+            [
+                "list",
+                "show",
+                "check",
+                "plan",
+                "download",
+                "ingest",
+                "stats",
+                "inspect",
+                "view",
+                "add",
+                "verify",
+            ],
+        ),
         ("pumit-train", ["tokenizer", "mim"]),
     ],
 )

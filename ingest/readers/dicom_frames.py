@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pydicom
+from isal import isal_zlib
 from pydicom.config import IGNORE, settings
 
-from ingest.readers import inside_root, name, reading
+from ingest.readers import check_count, check_inflated, inside_root, name, reading
 from ingest.reasons import FailedImage
 from ingest.source import ImageSource
 
@@ -30,6 +33,8 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 _PIXEL_TAGS = {b"\xe0\x7f\x10\x00", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00", b"\x7f\xe0\x00\x10"}
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _DICOMDIR = "1.2.840.10008.1.3.10"
+_FEW_SLICES = 8
+"""A file of several volumes has more than so many frames for each."""
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _POSITION_POINTERS = {0x00200032, 0x00209056, 0x00209057, 0x00209128, 0x00209241}
 """Dimension indices that count slices, stacks and times: position, stack, place in stack, time."""
@@ -102,7 +107,7 @@ def find_frames(source: ImageSource) -> tuple[list[Frame], str]:
             if header is None:
                 continue
             dataset, has_pixels, digest = header
-            frames.extend(_frames(dataset, file, place, has_pixels))
+            frames.extend(_frames(source, dataset, file, place, has_pixels))
             digests.append(digest)
     return frames, hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
@@ -110,7 +115,10 @@ def find_frames(source: ImageSource) -> tuple[list[Frame], str]:
 def parse(file: Path | BinaryIO, **options: bool) -> Any:
     """`pydicom.dcmread` without its warnings."""
     with quiet():
-        return pydicom.dcmread(file, **options)
+        try:
+            return pydicom.dcmread(file, **options)
+        except MemoryError:  # asked for by the length that one element announces, not by what is there
+            raise EOFError from None
 
 
 @contextmanager
@@ -128,6 +136,7 @@ def _read_header(source: ImageSource, place: str, filename: str, file: Path) -> 
     with file.open("rb") as stream:
         stream.seek(128)
         marked = stream.read(4) == b"DICM"
+        _check_deflated(source, stream)
         stream.seek(0)
         try:
             dataset = parse(stream, stop_before_pixels=True, force=not marked)
@@ -146,11 +155,34 @@ def _read_header(source: ImageSource, place: str, filename: str, file: Path) -> 
         if _DICOMDIR in (meta.get("MediaStorageSOPClassUID"), dataset.get("SOPClassUID")):
             return None
         has_pixels = meta.get("TransferSyntaxUID") == _DEFLATED or stream.read(4) in _PIXEL_TAGS
+        if not has_pixels and not ("SOPClassUID" in dataset and "SeriesInstanceUID" in dataset):
+            # Every object has both; pydicom takes the end of a file for the end of its header.
+            raise EOFError
         stream.seek(0)
         return dataset, has_pixels, hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _frames(dataset: Any, file: Path, place: str, has_pixels: bool) -> Iterator[Frame]:
+def _check_deflated(source: ImageSource, stream: BinaryIO) -> None:
+    """Refuse a deflated file that is a bomb: pydicom would inflate it in memory whatever comes.
+
+    `stream` stands behind the mark of a DICOM file.
+    """
+    head = stream.read(1 << 16)
+    if _DEFLATED.encode() not in head:
+        return
+    (group_length,) = struct.unpack_from("<I", head, 8)  # the value of the first element
+    stream.seek(132 + 12 + group_length)
+    stored, inflated = os.fstat(stream.fileno()).st_size, 0
+    inflate = isal_zlib.decompressobj(wbits=-15)
+    while not inflate.eof:
+        block = inflate.unconsumed_tail or stream.read(1 << 20)
+        if not block:
+            raise EOFError
+        inflated += len(inflate.decompress(block, 1 << 20))
+        check_inflated(source, inflated, stored)
+
+
+def _frames(source: ImageSource, dataset: Any, file: Path, place: str, has_pixels: bool) -> Iterator[Frame]:
     signed = bool(dataset.get("PixelRepresentation") or 0)
     allocated = int(dataset.get("BitsAllocated") or 0)
     stored = int(dataset.get("BitsStored") or allocated)
@@ -169,7 +201,11 @@ def _frames(dataset: Any, file: Path, place: str, has_pixels: bool) -> Iterator[
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
     pointers = [int(item.DimensionIndexPointer) for item in dataset.get("DimensionIndexSequence") or ()]
 
-    for number in range(int(dataset.get("NumberOfFrames") or 1)):
+    count = int(dataset.get("NumberOfFrames") or 1)
+    if count < 0:
+        raise ValueError("a negative number of frames")
+    check_count(source, count if source.dimension == 2 else count // _FEW_SLICES)
+    for number in range(count):
         look = _Lookup(dataset, shared, per_frame[number] if per_frame else None)
         clock = str(look("FrameContentSequence", "FrameAcquisitionDateTime") or _clock(dataset))
         yield Frame(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from ingest.volume import Voxels
 
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
 _RAW = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", _BIG_ENDIAN}
+_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+"""Second bytes of the markers of JPEG and JPEG-LS that the size follows."""
 _FLOATS = {"FloatPixelData": np.float32, "DoubleFloatPixelData": np.float64}
 
 
@@ -35,6 +38,7 @@ def decode(dataset: Any, number: int, pixel_format: PixelFormat) -> Voxels:
         pixels = _raw(dataset, number, pixel_format, ">" if syntax == _BIG_ENDIAN else "<")
     elif syntax in _CODECS:
         encoded = get_frame(dataset.PixelData, number, number_of_frames=int(dataset.get("NumberOfFrames") or 1))
+        _check_frame_size(encoded, pixel_format)
         pixels = _CODECS[syntax](encoded, pixel_format)
         if pixels.dtype.kind in "iu" and grey:
             pixels = _interpret(pixels, pixel_format, shift=0)
@@ -85,6 +89,23 @@ def _interpret(pixels: Voxels, pixel_format: PixelFormat, shift: int) -> Voxels:
         return shifted & ((1 << pixel_format.bits_stored) - 1) if unused else unsigned
     # Pushed to the top and back down, the sign bit fills the bits above it.
     return np.asarray((unsigned << (unused - shift)).view(f"i{bits // 8}") >> unused)
+
+
+def _check_frame_size(encoded: bytes, pixel_format: PixelFormat) -> None:
+    """Compare the size that an encoded frame announces with the header's: decoders take memory for theirs."""
+    if encoded.startswith(b"\xff\xd8"):
+        place = 2
+        while encoded[place + 1] not in _FRAME_HEADERS:
+            # 0xFF may be repeated before a marker; any other segment tells its length.
+            fill = encoded[place + 1] == 0xFF
+            place += 1 if fill else 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
+        size = struct.unpack_from(">2H", encoded, place + 5)
+    else:  # JPEG 2000: the whole less its offset
+        start = encoded.index(b"\xff\x4f\xff\x51")
+        right, bottom, left, top = struct.unpack_from(">4I", encoded, start + 8)
+        size = bottom - top, right - left
+    if size != (pixel_format.rows, pixel_format.columns):
+        raise ValueError(f"a frame of {size}, the header states {pixel_format.rows, pixel_format.columns}")
 
 
 def _jpeg(encoded: bytes, pixel_format: PixelFormat) -> Voxels:

@@ -202,11 +202,13 @@ def _split(frames: Sequence[Frame], slots: Sequence[int], label: str) -> list[li
     return volumes
 
 
-def _sortable(value: Any) -> tuple[bool, Any]:
-    """Puts frames without the label first."""
+def _sortable(value: Any) -> tuple[int, Any]:
+    """Puts frames without the label first; files give it types that the standard does not."""
     if value is None or value == "":
-        return (False, 0)
-    return (True, value if isinstance(value, str | tuple) else float(value))
+        return (0, 0)
+    if isinstance(value, int | float) and math.isfinite(value):
+        return (1, float(value))
+    return (2, value) if isinstance(value, tuple) else (3, str(value))
 
 
 def _balanced(keys: Sequence[tuple[Any, ...]], slots: Sequence[int]) -> bool:

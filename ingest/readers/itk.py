@@ -9,6 +9,8 @@ from __future__ import annotations
 import bz2
 import hashlib
 import io
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,13 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 - the name its documentation uses
 from isal import igzip, isal_zlib
 
-from ingest.readers import check_size, inside_root, name, reading
+from ingest.readers import MAX_REST, check_count, check_inflated, check_size, inside_root, name, reading
 from ingest.reasons import ExcludedImage, FailedImage
 from ingest.source import ImageSource
 from ingest.volume import Volume
 
 _MAX_HEADER = 1 << 20
+_MAX_AXES = 10
 _ORIENTED_SPACES = {
     *("left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las"),
     *("left-posterior-superior-time", "lpst", "right-anterior-superior-time", "rast"),
@@ -68,15 +71,12 @@ def read(source: ImageSource) -> Iterator[Volume]:
     inside_root(source, header.data_file)
     with reading(source):
         source_hash = _hash([path] if header.data_file == path else [path, header.data_file])
-        _check_compressed(header)
     if source.dimension == 3:
         _check_stated_spacing(source, header)
     with reading(source):
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO(header.io)
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
+        reader = _reader(header, path)
         geometry = _geometry(source, header, reader)
+        _check_compressed(source, header, _announced(reader))
         image = reader.Execute()
         voxels = sitk.GetArrayFromImage(image)
     del image  # the array is a copy; two of them need not stay in memory
@@ -99,6 +99,27 @@ def read(source: ImageSource) -> Iterator[Volume]:
         )
 
 
+def announced_shape(source: ImageSource) -> tuple[tuple[int, ...], int]:
+    """Lengths of the axes, the file's first axis first, and number of components, by the header alone.
+
+    Raises:
+        ExcludedImage, FailedImage: as `read` does.
+    """
+    path = inside_root(source, source.file)
+    with reading(source):
+        reader = _reader(_read_header(source, path), path)
+        return tuple(map(int, reader.GetSize())), int(reader.GetNumberOfComponents())
+
+
+def _reader(header: _Header, path: Path) -> Any:
+    """SimpleITK's reader, with the information of the header read."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(header.io)
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader
+
+
 def _read_header(source: ImageSource, path: Path) -> _Header:
     with path.open("rb") as file:
         if file.read(4) == b"NRRD":
@@ -118,13 +139,23 @@ def _meta_header(source: ImageSource, path: Path, file: BinaryIO) -> _Header:
                 "unreadable", f"{name(source)}: neither MetaImage nor NRRD. Convert it to .nii.gz."
             )
         key, _, value = line.decode("latin-1").partition("=")
+        # SimpleITK takes `:` for `=` and minds the case: what it reads must be the file that was looked at.
+        if line.strip().lower().startswith(b"elementdatafile") and key.strip() != "ElementDataFile":
+            raise FailedImage("unreadable", f"{name(source)}: ElementDataFile is misspelt. Correct the header.")
         fields[key.strip().lower()] = value.strip()
 
-    local = fields["elementdatafile"].lower() == "local"
+    lengths = fields.get("dimsize", "").split()
+    # SimpleITK writes beyond its memory when there are more axes than it has room for.
+    if fields.get("ndims") != str(len(lengths)) or len(lengths) > _MAX_AXES or not "".join(lengths).isdecimal():
+        raise FailedImage(
+            "unreadable", f"{name(source)}: NDims and DimSize contradict each other. Download it again."
+        )
+    check_size(source, math.prod(map(int, lengths)))  # SimpleITK would wrap a number around
+    local = fields["elementdatafile"] in ("LOCAL", "Local", "local")
     stated = fields.get("elementspacing") or fields.get("elementsize") or ""
     return _Header(
         io="MetaImageIO",
-        axes=len(fields.get("dimsize", "").split()),
+        axes=len(lengths),
         spacing=tuple(float(word) for word in stated.split()),
         oriented=any(key in fields for key in ("transformmatrix", "rotation", "orientation")),
         colour=fields.get("elementnumberofchannels", "1") in ("3", "4")
@@ -138,13 +169,19 @@ def _meta_header(source: ImageSource, path: Path, file: BinaryIO) -> _Header:
 def _nrrd_header(source: ImageSource, path: Path, file: BinaryIO) -> _Header:
     """NRRD: lines `field: value`, up to an empty line or the end of a detached header."""
     fields: dict[str, str] = {}
+    data_files = 0
     while line := file.readline(_MAX_HEADER).strip():
         if file.tell() > _MAX_HEADER:
             raise FailedImage("unreadable", f"{name(source)}: a NRRD header without end. Download it again.")
         key, separator, value = line.decode("latin-1").partition(": ")
         if separator and not key.startswith("#"):
             fields[key.lower()] = value.strip()
+        data_files += line.lower().startswith((b"data file", b"datafile"))
 
+    if data_files != len(fields.keys() & {"data file", "datafile"}) or data_files > 1:
+        raise FailedImage(
+            "unreadable", f"{name(source)}: `data file` is misspelt or stands twice. Correct the header."
+        )
     detached = fields.get("data file") or fields.get("datafile")
     skips = any(int(fields.get(key, "0")) for key in ("byte skip", "byteskip", "line skip", "lineskip"))
     directions = fields.get("space directions", "")
@@ -173,7 +210,9 @@ def _direction_lengths(text: str) -> tuple[float, ...]:
 
 
 def _data_file(source: ImageSource, path: Path, value: str) -> Path:
-    if value.split()[0].upper() == "LIST" or "%" in value:
+    if not value:
+        raise FailedImage("unreadable", f"{name(source)}: no file of voxels is named. Correct the header.")
+    if value.upper().startswith("LIST") or "%" in value:
         raise ExcludedImage(
             "unsupported_layout",
             f"{name(source)}: voxels lie in many files. Convert it to one .nrrd or .nii.gz.",
@@ -189,24 +228,45 @@ def _hash(paths: list[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
-def _check_compressed(header: _Header) -> None:
+def _announced(reader: Any) -> int:
+    """Bytes of all voxels."""
+    words = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    bits = next((int(number) for number in re.findall(r"\d+", words)), 64)
+    return int(np.prod(_spatial(reader), dtype=object)) * int(reader.GetNumberOfComponents()) * bits // 8
+
+
+def _check_compressed(source: ImageSource, header: _Header, announced: int) -> None:
     """Inflate to the end and drop the result: zlib and bzip2 raise where data and checksum disagree."""
     if header.compression is None:
         return
+    check_inflated(source, announced, header.data_file.stat().st_size)
+    inflated = 0
     with header.data_file.open("rb") as file:
         file.seek(header.data_start)
-        if header.compression == "zlib":
-            inflate = isal_zlib.decompressobj()
-            while not inflate.eof:
-                block = file.read(1 << 20)
-                if not block:
-                    raise EOFError
-                inflate.decompress(block)
-            return
-        stream = igzip.IGzipFile(fileobj=file) if header.compression == "gzip" else bz2.BZ2File(file)
+        for size in _inflated(file, header.compression):
+            inflated += size
+            if inflated > announced + MAX_REST:
+                raise FailedImage(
+                    "unreadable",
+                    f"{name(source)}: goes on for over {MAX_REST} bytes after its last voxel. "
+                    "The header is damaged: download it again.",
+                )
+
+
+def _inflated(file: BinaryIO, compression: str) -> Iterator[int]:
+    """Sizes of the blocks, none over a few MiB, that the rest of a file inflates to."""
+    if compression != "zlib":
+        stream = igzip.IGzipFile(fileobj=file) if compression == "gzip" else bz2.BZ2File(file)
         with cast(io.BufferedIOBase, stream):
-            while stream.read(1 << 20):
-                pass
+            while block := stream.read(1 << 20):
+                yield len(block)
+        return
+    inflate = isal_zlib.decompressobj()
+    while not inflate.eof:
+        block = inflate.unconsumed_tail or file.read(1 << 20)
+        if not block:
+            raise EOFError
+        yield len(inflate.decompress(block, 1 << 20))
 
 
 def _check_stated_spacing(source: ImageSource, header: _Header) -> None:
@@ -239,6 +299,7 @@ def _geometry(source: ImageSource, header: _Header, reader: Any) -> dict[str, An
             "no_pixels", f"{name(source)}: shape {reader.GetSize()} has an axis of length zero."
         )
     check_size(source, int(np.prod(size, dtype=object)) * reader.GetNumberOfComponents())
+    check_count(source, size[3] * reader.GetNumberOfComponents())
     if source.dimension == 2:
         if size[2] > 1:
             raise ExcludedImage(

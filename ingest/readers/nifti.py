@@ -19,7 +19,7 @@ import numpy.typing as npt
 from isal import igzip
 from nibabel.spatialimages import HeaderDataError
 
-from ingest.readers import check_size, inside_root, name, reading
+from ingest.readers import MAX_REST, check_count, check_inflated, check_size, inside_root, name, reading
 from ingest.reasons import ExcludedImage, FailedImage
 from ingest.source import ImageSource
 from ingest.volume import Volume, Voxels
@@ -51,13 +51,14 @@ def read(source: ImageSource) -> Iterator[Volume]:
         dtype = _dtype(source, header)
         slope, intercept = _scaling(source, header)
         geometry = _geometry(source, header)
+        _check_announced(source, path, stream, math.prod(shape) * dtype.itemsize)
         times, others = shape[3], math.prod(shape[4:])
         slice_axis = header.get_dim_info()[2] if source.dimension == 3 else None
 
         for position in range(times * others):
             voxels = _read_voxels(source, stream, shape[:3], dtype)
             if position == times * others - 1:
-                _finish(stream)
+                _finish(source, stream)
             if source.dimension == 2:
                 voxels = voxels.transpose(2, 1, 0)
             yield Volume(
@@ -106,7 +107,7 @@ def _read_header(source: ImageSource, stream: BinaryIO) -> Any:
             f"{name(source)}: a header whose voxels lie in another file. Convert the pair to one .nii.gz.",
         )
     first = float(header["vox_offset"]) or _FIRST_DATA_BYTE[size]
-    if not first >= _FIRST_DATA_BYTE[size] or first != int(first):
+    if not _FIRST_DATA_BYTE[size] <= first <= MAX_REST or first != int(first):
         raise FailedImage(
             "unreadable", f"{name(source)}: vox_offset {first:g} is no place for voxels. Repair it."
         )
@@ -132,12 +133,14 @@ def _shape(source: ImageSource, header: Any) -> tuple[int, ...]:
     lengths = [int(n) for n in header["dim"][1 : max(axes, 0) + 1]]
     if not 1 <= axes <= 7 or min(lengths) < 0:
         raise FailedImage(
-            "unreadable", f"{name(source)}: {axes} axes of lengths {lengths}. The header is damaged."
+            "unreadable",
+            f"{name(source)}: {axes} axes of lengths {lengths}. The header is damaged: download it again.",
         )
     if 0 in lengths:
         raise ExcludedImage("no_pixels", f"{name(source)}: shape {tuple(lengths)} has an axis of length zero.")
     shape = tuple(lengths + [1] * (7 - axes))
     check_size(source, math.prod(shape[:3]))
+    check_count(source, math.prod(shape[3:]))
     if source.dimension == 3 and min(shape[:3]) == 1:
         raise ExcludedImage("single_slice", f"{name(source)}: shape {shape[:3]} has one slice. {_declare(2)}")
     if source.dimension == 2 and shape[2] > 1:
@@ -145,6 +148,19 @@ def _shape(source: ImageSource, header: Any) -> tuple[int, ...]:
             "unsupported_layout", f"{name(source)}: shape {shape[:3]} is a volume. {_declare(3)}"
         )
     return shape
+
+
+def _check_announced(source: ImageSource, path: Path, stream: BinaryIO, announced: int) -> None:
+    """Compare the bytes of all voxels with those of the file before memory is asked for."""
+    stored = path.stat().st_size
+    if isinstance(stream, igzip.IGzipFile):
+        check_inflated(source, announced, stored)
+    elif announced > stored:
+        raise FailedImage(
+            "unreadable",
+            f"{name(source)}: truncated, {announced} bytes of voxels are announced, the file has {stored}. "
+            "Compare its checksum with the publisher's, or download it again.",
+        )
 
 
 def _declare(dimension: int) -> str:
@@ -162,7 +178,9 @@ def _dtype(source: ImageSource, header: Any) -> np.dtype[Any]:
         )
     if dtype.kind not in "iuf":
         raise FailedImage(
-            "unreadable", f"{name(source)}: data type {int(header['datatype'])} has no reader here."
+            "unreadable",
+            f"{name(source)}: data type {int(header['datatype'])} has no reader here. "
+            "Convert it to int16 or float32.",
         )
     return dtype
 
@@ -173,7 +191,9 @@ def _scaling(source: ImageSource, header: Any) -> tuple[float, float]:
     if slope == 0 or not math.isfinite(slope):
         return 1.0, 0.0
     if not math.isfinite(intercept):
-        raise FailedImage("unreadable", f"{name(source)}: scl_inter is {intercept}. The header is damaged.")
+        raise FailedImage(
+            "unreadable", f"{name(source)}: scl_inter is {intercept}. The header is damaged: download it again."
+        )
     return slope, intercept
 
 
@@ -239,8 +259,15 @@ def _read_voxels(source: ImageSource, stream: BinaryIO, shape: tuple[int, ...], 
     return voxels.view(dtype.newbyteorder("=")).reshape(shape, order="F")
 
 
-def _finish(stream: BinaryIO) -> None:
+def _finish(source: ImageSource, stream: BinaryIO) -> None:
     """Read on to the end: the checksum of a gzip member follows its data."""
     if isinstance(stream, igzip.IGzipFile):
-        while stream.read(1 << 20):
-            pass
+        rest = 0
+        while block := stream.read(1 << 20):
+            rest += len(block)
+            if rest > MAX_REST:
+                raise FailedImage(
+                    "unreadable",
+                    f"{name(source)}: goes on for over {MAX_REST} bytes after its last voxel. "
+                    "The header is damaged: download it again.",
+                )

@@ -22,6 +22,8 @@ _ORIENTATION = 0x0112
 _AS_RGB = ("P", "PA", "RGBA", "RGBX", "RGBa", "YCbCr", "HSV", "LAB")
 _AS_GREY = ("1", "LA", "La")
 _BAND = 256  # rows
+_MAX_BYTES = 4 << 30
+"""More than the largest picture that Pillow opens takes without any compression."""
 
 
 def read(source: ImageSource) -> Iterator[Volume]:
@@ -41,7 +43,10 @@ def read(source: ImageSource) -> Iterator[Volume]:
             "single_slice",
             f"{name(source)}: a picture in a 3-D dataset. Declare `dimension: 2` in datasets.yaml.",
         )
-    with reading(source):
+    with reading(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a bomb only the error is the limit; others quote odd tags
+        if path.stat().st_size > _MAX_BYTES:
+            raise FailedImage("too_large", f"{name(source)}: over {_MAX_BYTES} bytes. Reduce or split it.")
         data = path.read_bytes()
         pixels, flags = _pixels(source, data)
         source_hash = hashlib.sha256(data).hexdigest()
@@ -62,15 +67,13 @@ def read(source: ImageSource) -> Iterator[Volume]:
 
 def _pixels(source: ImageSource, data: bytes) -> tuple[Voxels, tuple[str, ...]]:
     """(H, W) grey or (H, W, 3) colour, upright, and flags."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # only the error is the limit
-        try:
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        except Image.DecompressionBombError:
-            raise FailedImage(
-                "too_large",
-                f"{name(source)}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels. Reduce or split it.",
-            ) from None
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError:
+        raise FailedImage(
+            "too_large",
+            f"{name(source)}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels. Reduce or split it.",
+        ) from None
     # The further pictures of an MPO are a camera's previews and second views; pages of a TIFF are not.
     pages = getattr(image, "n_frames", 1)
     if image.format != "MPO" and pages > 1:

@@ -1,8 +1,12 @@
-"""What discovery finds in official layouts, exactly, and what it says of folders that are not as expected."""
+"""How discovery applies rules to paths, and what it says of folders that are not as expected.
+
+What it finds in the official layout of every source: test_official_layouts.py.
+"""
 
 from __future__ import annotations
 
-import logging
+import csv
+import os
 import random
 import unicodedata
 from pathlib import Path
@@ -15,11 +19,7 @@ from hypothesis import strategies as st
 import ingest.discover
 from catalog.errors import SetupError
 from ingest.discover import dataset_root, find_sources
-from ingest.source import ImageSource
-from ingest.spec import DatasetSpec, get_spec, load_specs
-from tests.layouts.releases import LAYOUTS, write_layout, write_tcia_table
-
-OFFICIAL = Path(__file__).resolve().parents[1] / "layouts" / "official"
+from ingest.spec import DatasetSpec, get_spec
 
 
 def spec_of(**group: Any) -> DatasetSpec:
@@ -46,49 +46,6 @@ def keys(spec: DatasetSpec, root: Path) -> list[str]:
     return [source.key for source in find_sources(spec, root)]
 
 
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw folder with a tiny release of every dataset."""
-    folder = tmp_path_factory.mktemp("raw")
-    samples = Path(__file__).resolve().parents[2] / "samples"
-    for dataset in LAYOUTS:
-        root = write_layout(dataset, folder, samples)
-        assert root == dataset_root(get_spec(dataset), folder)
-    return folder
-
-
-def found(dataset: str, raw: Path) -> list[ImageSource]:
-    spec = get_spec(dataset)
-    return find_sources(spec, dataset_root(spec, raw))
-
-
-def test_every_dataset_has_a_layout() -> None:
-    described = {file.stem for file in OFFICIAL.glob("*.yaml")}
-    assert {*described, "sample"} == set(load_specs())
-    assert {*LAYOUTS} <= described
-
-
-def test_amos(raw: Path) -> None:
-    reason = "reported as damaged by a public reader of the later archives"
-    damaged = (
-        "declared",
-        f"{reason}. If you know better, remove its line from `exclusions` in datasets.yaml.",
-    )
-    assert [(s.path, s.modality, s.upstream_modality, s.exclude) for s in found("amos", raw)] == [
-        ("amos22/imagesTr/amos_0001.nii.gz", "CT", "CT", None),
-        ("amos22/imagesTr/amos_0500.nii.gz", "CT", "CT", None),
-        ("amos22/imagesTr/amos_0507.nii.gz", "MRI", "MRI", None),
-        ("amos22/imagesVa/amos_0600.nii.gz", "MRI", "MRI", None),
-        ("amos22/imagesTs/amos_5001.nii.gz", "CT", "MRI", None),
-        ("amos22/imagesTs/amos_5437.nii.gz", "CT", "MRI", damaged),
-    ]
-    for source in found("amos", raw):
-        assert source.key == source.subject == Path(source.path).name.removesuffix(".nii.gz")
-        assert (source.dataset, source.format, source.dimension) == ("amos", "nifti", 3)
-        assert (source.body_part, source.weight, source.depth_axis) == (("abdomen",), 1.0, None)
-        assert source.file.is_file()
-
-
 @pytest.mark.parametrize(
     ("number", "modality", "upstream"),
     [
@@ -103,59 +60,15 @@ def test_amos_numbers_tell_the_modality(tmp_path: Path, number: int, modality: s
     assert (source.modality, source.upstream_modality) == (modality, upstream)
 
 
-def test_busi(raw: Path) -> None:
-    assert [(s.key, s.path) for s in found("busi", raw)] == [
-        ("benign (1)", "Dataset_BUSI_with_GT/benign/benign (1).png"),
-        ("benign (100)", "Dataset_BUSI_with_GT/benign/benign (100).png"),
-        ("malignant (1)", "Dataset_BUSI_with_GT/malignant/malignant (1).png"),
-        ("normal (1)", "Dataset_BUSI_with_GT/normal/normal (1).png"),
-    ]
-    for source in found("busi", raw):
-        assert source.subject == source.key
-        assert (source.modality, source.upstream_modality) == ("US", "RGB/US")
-        assert (source.format, source.dimension, source.weight) == ("raster", 2, 0.4)
-        assert source.exclude is None
-
-
-def test_lidc_idri(raw: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        sources = found("lidc-idri", raw)
-    assert [(s.key, s.subject) for s in sources] == [
-        ("LIDC-IDRI-0001_01-01-2000-NA-NA-30178_3000566.000000-NA-03192", "LIDC-IDRI-0001"),
-        ("LIDC-IDRI-0002_01-01-2000-NA-NA-98329_3000522.000000-NA-04919", "LIDC-IDRI-0002"),
-        ("LIDC-IDRI-0002_01-01-2000-NA-NA-98329_3000523.000000-NA-04920", "LIDC-IDRI-0002"),
-    ]
-    for source in sources:
-        assert source.path == "TCIA_LIDC-IDRI_20200921/LIDC-IDRI/" + source.key.replace("_", "/")
-        assert source.file.is_dir()
-        assert (source.format, source.dimension, source.depth_axis) == ("dicom", 3, "SI")
-        assert (source.modality, source.upstream_modality, source.weight) == ("CT", "CT", 1.0)
-    assert "lidc-idri: 1 of 4 listed series are not there" in caplog.text
-
-
-def test_nih_chestxray(raw: Path) -> None:
-    assert [(s.key, s.subject, s.path) for s in found("nih-chestxray", raw)] == [
-        ("00000001_000", "00000001", "CXR8/images/images/00000001_000.png"),
-        ("00000001_001", "00000001", "CXR8/images/images/00000001_001.png"),
-        ("00000002_000", "00000002", "CXR8/images/images/00000002_000.png"),
-        ("00000003_000", "00000003", "CXR8/images/images/00000003_000.png"),
-    ]
-    for source in found("nih-chestxray", raw):
-        assert (source.modality, source.upstream_modality) == ("XR", "gray/XR")
-        assert (source.format, source.dimension, source.weight) == ("raster", 2, 0.007)
-
-
 @pytest.mark.parametrize("path", ["images/00000001_000.png", "images_012/images/00000001_000.png"])
 def test_nih_chestxray_as_mirrors_unpack_it(tmp_path: Path, path: str) -> None:
     touch(tmp_path, path)
     assert keys(get_spec("nih-chestxray"), tmp_path) == ["00000001_000"]
 
 
-@pytest.mark.parametrize("dataset", sorted(LAYOUTS))
-def test_order_of_the_file_system_does_not_matter(
-    raw: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = found(dataset, raw)
+def test_order_of_the_file_system_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, *(f"{patient}/{name}.nii.gz" for patient in "cab" for name in "zxy"))
+    expected = find_sources(spec_of(), tmp_path)
     assert expected == sorted(expected, key=lambda source: source.key)
     listed = ingest.discover._entries
 
@@ -165,7 +78,7 @@ def test_order_of_the_file_system_does_not_matter(
         return entries
 
     monkeypatch.setattr(ingest.discover, "_entries", shuffled)
-    assert found(dataset, raw) == expected
+    assert find_sources(spec_of(), tmp_path) == expected
 
 
 NAMES = st.text("aA1éÉßz- ().#ä", min_size=1, max_size=6).filter(lambda name: not name.startswith("."))
@@ -249,9 +162,6 @@ def test_a_file_belongs_to_one_group(tmp_path: Path) -> None:
             "p/a.nii.gz",
             "no `modality` rule .*matches p/a.nii.gz",
         ),
-        ({}, "p/a#0003.nii.gz", "may not end in '#' and digits"),
-        ({}, "p/a\n.nii.gz", "does not match `path`|printable"),
-        ({}, "p/a\udcff.nii.gz", "printable"),
         ({"key": "{extra}", "path": "(?P<patient>.)(?P<extra>x)?/.*"}, "p/a.nii.gz", "the key ''"),
     ],
 )
@@ -262,6 +172,35 @@ def test_paths_that_the_rules_cannot_describe(
     with pytest.raises(SetupError, match=message) as caught:
         find_sources(spec_of(**({"subject": None} if "key" in group else {}), **group), tmp_path)
     assert str(caught.value).startswith("own: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("p/a#0003.nii.gz", "p/a#0003.nii.gz"),
+        ("p/a\n.nii.gz", r"p/a\n.nii.gz"),
+        ("p/a\udcff.nii.gz", r"p/a\udcff.nii.gz"),
+        ("p\x1b[2J/\u202ea.nii.gz", r"p\x1b[2J/\u202ea.nii.gz"),
+    ],
+)
+def test_a_name_that_no_row_can_hold_fails_alone(tmp_path: Path, path: str, key: str) -> None:
+    touch(tmp_path, path, "p/good.nii.gz")
+    sources = {source.key: source for source in find_sources(spec_of(), tmp_path)}
+    assert sources.keys() == {key, "p-good"}
+    assert sources[key].failure is not None
+    assert sources[key].failure[0] == "unusable_name"
+    assert sources[key].path == key
+    assert sources["p-good"].failure is None
+
+
+def test_what_is_no_file_is_listed_like_one(tmp_path: Path) -> None:
+    """Reading it fails with a reason; a folder that an unpacker made around an image is no image of its own."""
+    touch(tmp_path, "p/a.nii.gz", "p/b.nii.gz/b.nii.gz", "p/c.nii.gz/readme.txt")
+    os.mkfifo(tmp_path / "p/d.nii.gz")
+    spec = spec_of(
+        globs=["**/*.nii.gz"], path=r"p/(?:[^/]+/)?(?P<name>[^/.]+)\.nii\.gz", key="{name}", subject=None
+    )
+    assert keys(spec, tmp_path) == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("beside", [[], ["amos22/labelsTr/amos_0001.nii.gz", "readme.md"]])
@@ -344,6 +283,14 @@ def test_a_folder_that_may_not_be_listed_is_told(tmp_path: Path, monkeypatch: py
         find_sources(spec_of(), tmp_path)
 
 
+def write_tcia_table(file: Path, rows: list[list[str]]) -> None:
+    """A metadata.csv as TCIA's downloader writes it, byte order mark included."""
+    columns = ["Series UID", "Collection", "Subject ID", "Study UID", "Study Date", "Series Description"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream).writerows([[*columns, "Modality", "Number of Images", "File Location"], *rows])
+
+
 def series_row(location: str, modality: str = "CT") -> list[str]:
     return ["1.2.3", "LIDC-IDRI", "", "", "", "", modality, "1", location]
 
@@ -361,15 +308,30 @@ def test_locations_in_a_table_are_written_in_many_ways(tmp_path: Path, location:
     assert source.path == SERIES
 
 
+def test_listed_series_that_are_not_there_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, f"{SERIES}/1.dcm")
+    write_tcia_table(tmp_path / "metadata.csv", [series_row(SERIES), series_row(f"{SERIES}-2")])
+    assert len(find_sources(get_spec("lidc-idri"), tmp_path)) == 1
+    assert "lidc-idri: 1 of 2 listed series are not there" in caplog.text
+
+
 @pytest.mark.parametrize(
-    "location",
-    ["../elsewhere", f"./LIDC-IDRI/../../{SERIES}", "/etc", "C:\\scans", "\\\\server\\scans", "", "./"],
+    "location", ["../elsewhere", f"./LIDC-IDRI/../../{SERIES}", "/etc", "\\\\server\\scans", "../missing"]
 )
 def test_a_table_cannot_lead_outside(tmp_path: Path, location: str) -> None:
     touch(tmp_path, f"lidc-idri/{SERIES}/1.dcm", "elsewhere/1.dcm")
     write_tcia_table(tmp_path / "lidc-idri/metadata.csv", [series_row(SERIES), series_row(location)])
+    sources = find_sources(get_spec("lidc-idri"), tmp_path / "lidc-idri")
+    failures = {source.path == SERIES: source.failure and source.failure[0] for source in sources}
+    assert failures == {True: None, False: "outside_root"}
+
+
+@pytest.mark.parametrize("location", ["", "./"])
+def test_a_row_of_a_table_must_name_a_folder(tmp_path: Path, location: str) -> None:
+    touch(tmp_path, f"{SERIES}/1.dcm")
+    write_tcia_table(tmp_path / "metadata.csv", [series_row(SERIES), series_row(location)])
     with pytest.raises(SetupError, match=r"metadata\.csv, line 3: 'File Location' must name a folder below"):
-        find_sources(get_spec("lidc-idri"), tmp_path / "lidc-idri")
+        find_sources(get_spec("lidc-idri"), tmp_path)
 
 
 def test_rows_of_other_modalities_may_hold_anything(tmp_path: Path) -> None:

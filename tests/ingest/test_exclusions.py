@@ -203,6 +203,8 @@ CASES: dict[str, tuple[str, Writer, str]] = {
     "unreadable": ("case", half, "download it again"),
     "vanished": ("case", lambda root, _: (root / "case.nii.gz").symlink_to("gone.nii.gz"), "Restore it"),
     "outside_root": ("case", link_outside, "Copy the file into it"),
+    "not_a_file": ("case", lambda root, _: os.mkfifo(root / "case.nii.gz"), "Move it away"),
+    "unusable_name": (r"ca\nse.nii.gz", lambda root, _: nifti(root / "ca\nse.nii.gz"), "Rename it"),
     "too_large": ("case", huge_header, "split or crop it"),
     "internal": ("fault", lambda root, _: nifti(root / "fault.nii.gz"), "Please report it"),
 }

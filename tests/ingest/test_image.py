@@ -73,7 +73,7 @@ def picture(voxels: np.ndarray, **fields: Any) -> Volume:
 
 
 def reason_of(found: Volume, **fields: Any) -> str:
-    with pytest.raises(ExcludedImage, match=r"^toy/case_1: ") as caught:
+    with pytest.raises(ExcludedImage, match=r"^toy/case_1 \(images/case_1\.nii\.gz\): ") as caught:
         normalise(found, source(**fields))
     return caught.value.reason
 

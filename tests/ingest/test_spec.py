@@ -73,9 +73,11 @@ def test_shipped_facts_agree_with_what_was_gathered(shared: Path) -> None:
         assert spec.dimensions == [int(fact["dimension"][0])]
         assert spec.body_parts == fact["body_parts"]
         assert spec.licence == fact["licence"]
-        if spec.access is not None:
-            assert spec.access == fact["access"]["kind"]
-            assert (fact["access"]["doi"] or "") in (spec.origin or "")
+        known = fact["access"] or {}
+        assert spec.access is not None
+        assert spec.access.doi == known.get("doi")
+        assert (spec.download is None) or "open download" in known["kind"]
+        assert (spec.download is None) is bool(spec.access.steps), "a recipe, or steps for a person"
         upstream = {
             rule.upstream_modality or group.upstream_modality or rule.modality
             for group in spec.images
@@ -124,8 +126,8 @@ def test_entries_are_frozen() -> None:
         (
             entry(
                 licence="CC0",
-                access="registration",
-                origin="a shelf",
+                access={"kind": "registration", "host": "a shelf"},
+                download={"tcia": "Brains"},
                 citation=[{"authors": "Body, Some", "title": "Scans", "year": 2020}],
             ),
             True,
@@ -160,7 +162,12 @@ def test_entry_hash_follows_what_shapes_the_result(
         (entry(folder="a//b"), "folder", "must be relative"),
         (entry(sampling_weight=0), "sampling_weight", "greater than 0, not 0"),
         (entry(sampling_weight=float("nan")), "sampling_weight", "finite"),
-        (entry(access="maybe"), "access", "'account login', 'registration' or 'included', not 'maybe'"),
+        (entry(access={"kind": "maybe"}), "access.kind", "'included' or 'unknown', not 'maybe'"),
+        (entry(access={"kind": "unknown", "page": "http://x.org"}), "access.page", "https"),
+        (entry(download={}), "download", "exactly one of `zenodo`, `figshare`, `files`, `tcia` and `s3`"),
+        (entry(download={"zenodo": [1], "tcia": "A"}), "download", "exactly one of"),
+        (entry(download={"files": [{"url": "ftp://x.org/a"}]}), "download.files[0].url", "https"),
+        (entry(download={"zenodo": [1], "into": "../up"}), "download.into", "'..'"),
         (entry(images=[]), "images", "at least one"),
         (
             entry(exclusions=[{"match": "(", "reason": "x"}]),
@@ -259,7 +266,7 @@ def test_an_installed_package_finds_its_own_copy(tmp_path: Path) -> None:
         for file in [
             "catalog/__init__.py",
             "catalog/errors.py",
-            *(f"ingest/{n}.py" for n in ("spec", "source", "declared", "citation")),
+            *(f"ingest/{n}.py" for n in ("spec", "source", "declared", "access", "citation")),
         ]:
             wheel.write(REPOSITORY / file, file)
         wheel.write(REPOSITORY / "ingest/__init__.py", "ingest/__init__.py")

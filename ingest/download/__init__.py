@@ -1,0 +1,1 @@
+"""From a publisher's server to a dataset's folder, whole or not at all."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from catalog.errors import SetupError
-from catalog.store import Location, location
+from catalog.store import Location, folder, location
 
 if TYPE_CHECKING:
     from ingest.findings import Finding, Verification
@@ -47,7 +47,14 @@ train = typer.Typer(
 )
 
 RawOption = Annotated[
-    Path, typer.Option("--raw", envvar="PUMIT_RAW", help="Folder that holds one folder per dataset.")
+    Path,
+    typer.Option(
+        "--raw",
+        envvar="PUMIT_RAW",
+        parser=folder,
+        metavar="FOLDER",
+        help="Folder that holds one folder per dataset.",
+    ),
 ]
 DataOption = Annotated[
     Any,  # a Location: Typer knows no unions
@@ -59,12 +66,22 @@ DataOption = Annotated[
         help="The prepared corpus: a folder, or s3://BUCKET/PREFIX.",
     ),
 ]
+RawPlaceOption = Annotated[
+    Any,
+    typer.Option(
+        "--raw",
+        envvar="PUMIT_RAW",
+        parser=location,
+        metavar="FOLDER|URL",
+        help="Holds one folder per dataset: a folder, or s3://BUCKET/PREFIX.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @data.command("list")
 def list_datasets(
-    raw: RawOption = Path("raw"),
+    raw: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     modality: Annotated[
         str | None, typer.Option(help="Only datasets that have it: CT, MRI, MRI/T1 ...", show_default=False)
@@ -79,11 +96,13 @@ def list_datasets(
     A wide terminal shows more columns; --json has them all.
     """
     from catalog.remote import open_corpus
+    from ingest.outline import raw_folder
     from ingest.show import chosen, list_as_json, list_table
     from ingest.spec import load_specs
 
     ingested = set(open_corpus(data_dir).datasets())
-    specs = chosen(load_specs(raw=raw).values(), modality, body_part)
+    with raw_folder(raw) as own:
+        specs = chosen(load_specs(raw=own.folder).values(), modality, body_part)
     if as_json:
         _print_json(list_as_json(specs, ingested))
     else:
@@ -93,17 +112,19 @@ def list_datasets(
 @data.command()
 def show(
     dataset: Annotated[str, typer.Argument(metavar="ID", help="Id as `pumit-data list` shows it.")],
-    raw: RawOption = Path("raw"),
+    raw: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     as_json: JsonOption = False,
 ) -> None:
     """Show all that is known of a dataset: where to get it, how to lay it out, what to cite."""
     from catalog.remote import open_corpus
+    from ingest.outline import raw_folder
     from ingest.show import as_json as spec_as_json
     from ingest.show import render
     from ingest.spec import get_spec
 
-    spec = get_spec(dataset, raw)
+    with raw_folder(raw) as own:
+        spec = get_spec(dataset, own.folder)
     ingested = spec.id in open_corpus(data_dir).datasets()
     _print_json(spec_as_json(spec, ingested)) if as_json else render(spec, ingested, _console())
 
@@ -220,7 +241,7 @@ def ingest(
     datasets: Annotated[
         list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
     ],
-    raw: RawOption = Path("raw"),
+    raw_place: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes; by default one per core.", show_default=False)
@@ -242,17 +263,24 @@ def ingest(
     as_json: JsonOption = False,
 ) -> None:
     """Normalise images into shards and catalog. Repeat the call to go on, or to add new files."""
+    from contextlib import ExitStack
+
     from ingest.names import name_key
+    from ingest.outline import raw_folder
     from ingest.remote import working_copy
     from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
     from ingest.run import plan_ingest
     from ingest.spec import get_spec
 
-    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets)]
-    with working_copy(data_dir, [spec.id for spec in specs], write=not dry_run) as corpus:
+    with ExitStack() as stack:
+        raw = stack.enter_context(raw_folder(raw_place))
+        specs = [get_spec(name, raw.folder) for name in dict.fromkeys(datasets)]
+        for spec in specs:
+            raw.outline(spec)
+        corpus = stack.enter_context(working_copy(data_dir, [spec.id for spec in specs], write=not dry_run))
         private = any(spec.private_names for spec in specs)
         names = name_key(corpus, names_key, keep=not dry_run) if private else None
-        plans = [plan_ingest(spec, raw, corpus, only, limit, names) for spec in specs]
+        plans = [plan_ingest(spec, raw.folder, corpus, only, limit, names, raw.origin) for spec in specs]
         if dry_run:
             _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
             return
@@ -267,7 +295,7 @@ def verify(
     datasets: Annotated[
         list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
     ] = None,
-    raw: RawOption = Path("raw"),
+    raw: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     deep: Annotated[
         bool, typer.Option("--deep", help="Also decode all voxels and compute their statistics anew.")
@@ -288,16 +316,18 @@ def verify(
     from catalog.corpus import Corpus
     from catalog.remote import whole_copy
     from ingest.findings import render_verification, verification_as_json
+    from ingest.outline import raw_folder
     from ingest.repair import repair as mend
     from ingest.spec import load_specs
     from ingest.verify import verify as read_back
 
-    if repair and not isinstance(data_dir, Path):
+    if repair and not (isinstance(data_dir, Path) and isinstance(raw, Path)):
         raise SetupError(
-            f"{data_dir}: only a corpus in a folder is repaired. Delete the damaged objects and ingest again, "
-            "which makes them anew."
+            f"{data_dir}, {raw}: only a corpus in a folder is repaired, from a folder. Elsewhere, delete the "
+            "damaged objects and ingest again, which makes them anew."
         )
-    specs = load_specs(raw=raw)
+    with raw_folder(raw) as own:
+        specs = load_specs(raw=own.folder)
 
     def checked(chosen: list[str] | None) -> Verification:
         with whole_copy(data_dir) as corpus, _byte_bar("verify") as progress:

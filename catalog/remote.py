@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import copyfileobj
 from urllib.parse import quote
 
 from catalog.corpus import Corpus
@@ -94,7 +93,8 @@ def update_copy(origin: RemotePath, folder: Path, wanted: Callable[[str], bool])
         gone = etags.keys() - told.keys()
         try:
             for name in changed:
-                _fetch(origin / name, _inside(folder, name))
+                with replacing(_inside(folder, name)) as temporary:
+                    (origin / name).download(temporary)
                 etags[name] = told[name].etag
         except FileNotFoundError:
             continue  # the next listing knows
@@ -115,11 +115,6 @@ def update_copy(origin: RemotePath, folder: Path, wanted: Callable[[str], bool])
         "its catalog is being replaced faster than it can be copied; repeat the command",
         str(origin),
     )
-
-
-def _fetch(source: RemotePath, target: Path) -> None:
-    with source.open() as stream, replacing(target) as temporary, temporary.open("wb") as file:
-        copyfileobj(stream, file, 1 << 20)
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,6 +141,11 @@ class RemotePath:
 
         return self._asked(get)
 
+    def download(self, target: Path) -> None:
+        """Copy the object into a file; one version of it, or an error."""
+        with self.open() as stream, target.open("wb") as file:
+            shutil.copyfileobj(stream, file, _BLOCK)
+
     def write(self, content: bytes | Path) -> None:
         """Replace the object whole."""
         obstore = _library()
@@ -242,6 +248,13 @@ def location(text: str | Path) -> Location:
     if {".", ".."} & set(key.split("/")):
         raise SetupError(f"{text} must not have '.' or '..' in it.")
     return RemotePath(match[1], key)
+
+
+def folder(text: str | Path) -> Path:
+    """A folder; SetupError for a URL, of which a command would make a strange folder."""
+    if "://" in str(text):
+        raise SetupError(f"{text}: give a folder on this machine. Of stores, only ingest reads raw images.")
+    return Path(text)
 
 
 def endpoint() -> str | None:

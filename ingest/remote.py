@@ -10,9 +10,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from shutil import copyfileobj
 
 from catalog.corpus import Corpus
 from catalog.durable import replacing
@@ -115,12 +114,9 @@ def _fetch(corpus: Corpus, place: RemotePath, dataset: str) -> None:
         corpus.next_manifest_file(dataset),
     ]
     for file in (*published, *Journal(corpus, dataset).kept_files(), corpus.manifest_file(dataset)):
-        try:
-            source = (place / corpus.name_of(file)).open()
-        except FileNotFoundError:
-            continue
-        with source, replacing(file) as temporary, temporary.open("wb") as copy:
-            copyfileobj(source, copy, 1 << 20)
+        # Of a dataset that has just begun, some are not there.
+        with suppress(FileNotFoundError), replacing(file) as temporary:
+            (place / corpus.name_of(file)).download(temporary)
 
 
 def _discard(corpus: Corpus, dataset: str) -> None:

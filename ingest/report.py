@@ -20,7 +20,7 @@ def plans_as_json(plans: Sequence[IngestPlan]) -> list[dict[str, Any]]:
     return [
         {
             "dataset": plan.spec.id,
-            "folder": str(plan.root),
+            "folder": str(plan.origin or plan.root),
             "found": len(plan.found),
             "selected": len(plan.selected),
             "pending": len(plan.pending),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
+from catalog.store import RemotePath, StoreError
 from ingest.discover import dataset_root, find_sources
 from ingest.journal import Journal
 from ingest.names import NameKey
@@ -44,6 +45,8 @@ class IngestPlan:
     """Those that --only and --limit ask for."""
     pending: list[ImageSource]
     """Those of `selected` that no earlier run has done, or that changed since."""
+    origin: RemotePath | None = None
+    """Where the images lie, if `root` only outlines them."""
 
     @property
     def pending_bytes(self) -> int:
@@ -75,6 +78,7 @@ def plan_ingest(
     only: str | None = None,
     limit: int | None = None,
     names: NameKey | None = None,
+    origin: RemotePath | None = None,
 ) -> IngestPlan:
     """Find the sources of a dataset and what is left to do.
 
@@ -82,6 +86,7 @@ def plan_ingest(
         only: regular expression; sources whose key matches somewhere are selected.
         limit: at most so many sources, the first by key.
         names: makes the ids of a dataset whose names are private.
+        origin: where the images lie, if `raw` only outlines them.
 
     Raises:
         SetupError: missing or empty raw folder, bad regular expression.
@@ -93,7 +98,8 @@ def plan_ingest(
     except re.error as error:
         raise SetupError(f"--only {only!r} is no regular expression: {error}.") from error
     selected = list(islice((source for source in found if pattern.search(source.key)), limit))
-    return IngestPlan(spec, root, found, selected, list(_pending(selected, spec, corpus)))
+    place = None if origin is None else origin / root.relative_to(raw.absolute()).as_posix()
+    return IngestPlan(spec, root, found, selected, list(_pending(selected, spec, corpus)), place)
 
 
 def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, progress: Progress) -> IngestReport:
@@ -196,6 +202,7 @@ def _tasks(
             dataset=plan.spec.id,
             corpus=corpus,
             sources=tuple(sources),
+            origin=plan.origin,
             validation_subjects=held_out & {source.subject for source in sources},
             entry_hash=plan.spec.entry_hash(),
         )
@@ -257,8 +264,11 @@ def _explained(dataset: str, corpus: Corpus) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or corpus.root
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or corpus.place
+        if isinstance(error, StoreError):
+            advice = "Repeat the command once this is mended: it goes on where it stopped."
+            problem = f"{error}."
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "Free some space and repeat the command: it goes on where it stopped."
             problem = f"no space left while writing {where}. What was written before stays valid."
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from catalog.corpus import Corpus
+from catalog.store import RemotePath
 from ingest.journal import Journal, Stamp
 from ingest.readers import name
 from ingest.reasons import ExcludedImage, FailedImage, full_message
@@ -39,6 +40,8 @@ class IngestTask:
     validation_subjects: frozenset[str]
     """Held-out subjects among those of `sources`."""
     entry_hash: str
+    origin: RemotePath | None = None
+    """Where the images lie, if the folder of `sources` only outlines them."""
 
     @property
     def is_pack(self) -> bool:
@@ -152,6 +155,14 @@ def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
         raise _failure(source, error) from None
 
 
+def _fetched_images(task: IngestTask, source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
+    """As `images_of`, wherever the files lie. Raises also StoreError."""
+    from ingest.outline import at_hand
+
+    with at_hand(source, task.origin) as local:
+        yield from images_of(local)
+
+
 def _failure(source: ImageSource, error: Exception) -> FailedImage:
     """The outcome of an image that met `error`. Its text may quote the file, so only its type is told."""
     if isinstance(error, FailedImage):
@@ -175,7 +186,8 @@ def _volume_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
     for source in task.sources:
         try:
             yield from [
-                image if isinstance(image, dict) else _write_volume(task, image) for image in images_of(source)
+                image if isinstance(image, dict) else _write_volume(task, image)
+                for image in _fetched_images(task, source)
             ]
         except FailedImage as outcome:
             # Arrays already written have no row then, and are removed at the end of the run.
@@ -211,7 +223,7 @@ def _pack_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
 
     for source in task.sources:
         try:
-            images = list(images_of(source))  # whole, for only then it is known to be good
+            images = list(_fetched_images(task, source))  # whole, for only then it is known to be good
         except FailedImage as outcome:
             yield _failed_row(source, outcome)
             continue

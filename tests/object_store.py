@@ -185,6 +185,14 @@ def make_bucket(port: int, name: str) -> None:
     connection.close()
 
 
+def make_folder_marker(port: int, folder: RemotePath) -> None:
+    """The empty object that web consoles make for a folder."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("PUT", f"/{folder.bucket}/{folder.key}/", b"")
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
 def make_raw(raw: Path) -> None:
     folder = raw / "demo"
     folder.mkdir()

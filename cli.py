@@ -23,8 +23,12 @@ from catalog.errors import SetupError
 from catalog.store import Location, folder, location
 
 if TYPE_CHECKING:
+    from ingest.estimate import Estimate
     from ingest.findings import Finding, Verification
-    from ingest.run import IngestPlan, IngestReport, Outcomes
+    from ingest.outline import RawFolder
+    from ingest.run import IngestPlan, IngestReport
+    from ingest.spec import DatasetSpec
+    from ingest.task import Outcomes
 
 _WIDTH_OF_A_FILE = 140
 """Columns of tables that go to a file or a pipe."""
@@ -239,12 +243,19 @@ def download(
 @data.command()
 def ingest(
     datasets: Annotated[
-        list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[ID...]", help="Ids as `pumit-data list` shows them.", show_default=False),
+    ] = None,
+    all_datasets: Annotated[
+        bool, typer.Option("--all", help="Every dataset whose folder is there, instead of ids.")
+    ] = False,
     raw_place: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; by default one per core.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Worker processes; by default as many as cores and memory allow.", show_default=False
+        ),
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Use this Dask scheduler (tcp://host:port) instead of this machine.")
@@ -272,9 +283,15 @@ def ingest(
     from ingest.run import plan_ingest
     from ingest.spec import get_spec
 
+    if all_datasets == bool(datasets):
+        raise SetupError("say which datasets: either ids, as `pumit-data list` shows them, or --all.")
     with ExitStack() as stack:
         raw = stack.enter_context(raw_folder(raw_place))
-        specs = [get_spec(name, raw.folder) for name in dict.fromkeys(datasets)]
+        specs = (
+            _specs_present(raw)
+            if all_datasets
+            else [get_spec(name, raw.folder) for name in dict.fromkeys(datasets or ())]
+        )
         for spec in specs:
             raw.outline(spec)
         corpus = stack.enter_context(working_copy(data_dir, [spec.id for spec in specs], write=not dry_run))
@@ -282,12 +299,19 @@ def ingest(
         names = name_key(corpus, names_key, keep=not dry_run) if private else None
         plans = [plan_ingest(spec, raw.folder, corpus, only, limit, names, raw.origin) for spec in specs]
         if dry_run:
-            _print_json(plans_as_json(plans)) if as_json else render_plans(plans, _console())
+            estimates = _estimates(plans, corpus, workers)
+            if as_json:
+                _print_json(plans_as_json(plans, estimates))
+            else:
+                render_plans(plans, estimates, _console())
             return
         reports = _run_plans(plans, corpus, workers, scheduler)
     _print_json(reports_as_json(reports)) if as_json else render_reports(reports, _console())
     if any(status == "failed" for report in reports for status, _ in report.total):
         raise typer.Exit(SOME_FAILED)
+
+
+CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV instead of tables.")]
 
 
 @data.command()
@@ -352,6 +376,25 @@ def verify(
 
 
 @data.command()
+def runs(data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """List past ingests of a corpus: what, how many, how long, with which version."""
+    from dataclasses import asdict
+
+    from ingest.remote import kept_copy
+    from ingest.runs import past_runs, render, runs_folder
+
+    corpus = kept_copy(data_dir)
+    found = list(past_runs(corpus))
+    if as_json:
+        _print_json([asdict(run) for run in found])
+    elif found:
+        render(found, _console())
+        _print(f"Logs: {runs_folder(corpus)}")
+    else:
+        _print(f"No ingest into {data_dir} yet.")
+
+
+@data.command()
 def stats(
     data_dir: DataOption = Path("data"),
     plot: Annotated[
@@ -361,27 +404,90 @@ def stats(
         str | None,
         typer.Option(metavar="A,B", help="One table by these columns instead, such as modality,da_level."),
     ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SQL", help="Only rows for which this holds, such as \"modality = 'CT' and spacing_z < 2\"."
+        ),
+    ] = None,
     as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, as for a paper, instead of tables.")
+    ] = False,
 ) -> None:
-    """Audit the modality and spacing mix: by modality, dataset and DA level."""
-    from catalog.query import load_catalog
-    from catalog.remote import open_corpus
-    from catalog.stats import AUDIT_COLUMNS, audit, grouping, render, render_groups, summarise
+    """Audit the modality and spacing mix: by modality, dataset and DA level.
 
-    table = load_catalog(open_corpus(data_dir), columns=AUDIT_COLUMNS, status=None)
+    --by groups by any of dataset, modality, body_part, dimension, da_level and split, and adds shapes. --csv
+    without it is by dataset; --markdown without it is the table of datasets that papers have.
+    """
+    from catalog.output import batches_of, write_csv
+    from catalog.remote import open_corpus
+    from catalog.stats import AUDITED, PAPER, SPACINGS, audit, grouping, summarise_cells
+    from catalog.stats_tables import markdown_groups, markdown_paper, render, render_groups
+    from catalog.survey import survey_corpus
+
+    _one_format({"--json": as_json, "--csv": as_csv, "--markdown": as_markdown})
+    corpus = open_corpus(data_dir)
+    if by is None and as_csv:
+        by = "dataset"
     if by is not None:
         columns = grouping(by)
-        groups = summarise(table, columns).to_pylist()
-        _print_json(groups) if as_json else _print(render_groups(groups, columns))
+        groups = summarise_cells(survey_corpus(corpus, columns, where=where), columns)
+        if as_json:
+            _print_json(groups.to_pylist())
+        elif as_csv:
+            write_csv(batches_of(groups), sys.stdout.buffer)
+        elif as_markdown:
+            typer.echo(markdown_groups(groups.to_pylist(), columns), nl=False)
+        else:
+            _print(render_groups(groups.to_pylist(), columns))
+    elif as_markdown:
+        typer.echo(markdown_paper(survey_corpus(corpus, PAPER, (), where)), nl=False)
     else:
-        summary = audit(table)
+        summary = audit(survey_corpus(corpus, AUDITED, SPACINGS, where))
         _print_json(summary) if as_json else render(summary, _console())
     if plot is not None:
-        from catalog.plot import audit_picture
+        from catalog.plot import PICTURED, audit_picture
+        from catalog.survey import load_survey_table
 
-        audit_picture(table, plot)
-        if not as_json:
+        audit_picture(load_survey_table(corpus, PICTURED, where), plot)
+        if not (as_json or as_csv or as_markdown):
             _print(f"Audit picture: {plot}")
+
+
+@data.command()
+def query(
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the table `images`.")],
+    data_dir: DataOption = Path("data"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the result here: .csv, .json or .parquet.", show_default=False
+        ),
+    ] = None,
+    as_csv: CsvOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the catalog in SQL (DuckDB's). The table `images` has all rows and the columns of docs/catalog.md.
+
+    Nothing but the catalog can be read, and nothing written: no other files, no network, no settings.
+    """
+    from catalog import output as formats
+    from catalog.remote import open_corpus
+    from catalog.sql import query as run_query
+
+    _one_format({"--output": output is not None, "--csv": as_csv, "--json": as_json})
+    result = run_query(open_corpus(data_dir), sql)
+    if output is not None:
+        with _writing(output):
+            formats.write_file(result, output)
+    elif as_csv:
+        formats.write_csv(result, sys.stdout.buffer)
+    elif as_json:
+        formats.write_json(result, sys.stdout.buffer)
+    else:
+        _print(formats.printable(result))
 
 
 @data.command()
@@ -564,6 +670,40 @@ def _train(
     )
 
 
+def _specs_present(raw: RawFolder) -> list[DatasetSpec]:
+    """The datasets that --all stands for; says which it leaves out."""
+    from ingest.discover import why_left_out
+    from ingest.spec import load_specs
+
+    specs = load_specs(raw=raw.folder).values()
+    for spec in specs:
+        raw.outline(spec)
+    reasons = {spec.id: why_left_out(spec, raw.folder) for spec in specs}
+    for reason in sorted({reason for reason in reasons.values() if reason is not None}):
+        ids = ", ".join(name for name, why in reasons.items() if why == reason)
+        _console(stderr=True).print(f"Left out, {reason} in {raw.place}: {ids}", markup=False)
+    if not (present := [spec for spec in specs if reasons[spec.id] is None]):
+        raise SetupError(f"{raw.place} has no folder of any dataset. `pumit-data list` shows what is known.")
+    return present
+
+
+def _estimates(plans: list[IngestPlan], corpus: Any, workers: int | None) -> list[Estimate]:
+    from ingest.cluster import workers_that_fit
+    from ingest.estimate import estimate
+    from ingest.runs import past_runs
+
+    earlier = list(past_runs(corpus))
+    return [
+        estimate(
+            plan.spec.id,
+            plan.sources.pending_bytes_by_format(),
+            workers or workers_that_fit(plan.sources.largest_bytes),
+            earlier,
+        )
+        for plan in plans
+    ]
+
+
 def _run_plans(
     plans: list[IngestPlan], corpus: Any, workers: int | None, scheduler: str | None
 ) -> list[IngestReport]:
@@ -571,7 +711,7 @@ def _run_plans(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ingest.cluster import open_client
+    from ingest.cluster import dashboard_of, open_client
     from ingest.report import by_status
     from ingest.run import ingest_dataset
 
@@ -585,11 +725,14 @@ def _run_plans(
     with ExitStack() as stack:
         # A cluster takes a second to start: not for a rerun that finds everything done.
         idle = not any(plan.pending for plan in plans)
-        client = None if idle else stack.enter_context(open_client(workers, scheduler))
+        largest = max(plan.sources.largest_bytes for plan in plans)
+        client = None if idle else stack.enter_context(open_client(workers, scheduler, largest))
+        if client is not None and (dashboard := dashboard_of(client)):
+            _console(stderr=True).print(f"Dashboard: {dashboard}", markup=False)
         bars = stack.enter_context(Progress(*columns, console=_console(stderr=True)))
         reports = []
         for plan in plans:
-            bar = bars.add_task(plan.spec.id, total=len(plan.pending), counts="")
+            bar = bars.add_task(plan.spec.id, total=plan.pending, counts="")
 
             def show(done: int, total: int, outcomes: Outcomes, bar: Any = bar) -> None:
                 counts = ", ".join(f"{number} {status}" for status, number in by_status(outcomes).items())
@@ -636,6 +779,12 @@ def _print(what: Any) -> None:
     _console().print(what, markup=False) if isinstance(what, str) else _console().print(what)
 
 
+def _one_format(asked: dict[str, bool]) -> None:
+    given = [name for name, wanted in asked.items() if wanted]
+    if len(given) > 1:
+        raise SetupError(f"{' and '.join(given)} exclude each other. Give one of them.")
+
+
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -658,7 +807,11 @@ class _Interrupted(BaseException):
     """SIGINT or SIGTERM came. Not KeyboardInterrupt, for which the command-line library has its own code."""
 
 
+_signals: list[int] = []
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    _signals.append(signum)
     raise _Interrupted
 
 
@@ -679,7 +832,10 @@ def _main(app: typer.Typer) -> None:
         where = f"{error.filename}: " if error.filename else ""
         typer.echo(f"error: {where}{error.strerror or error}. Mend that and repeat the command.", err=True)
         sys.exit(WRONG_CALL)
-    except _Interrupted:
+    except (_Interrupted, RuntimeError) as error:
+        # DuckDB puts an error of its own in the place of ours when a signal ends a query.
+        if not (isinstance(error, _Interrupted) or _signals):
+            raise
         typer.echo("interrupted: repeat the command to go on.", err=True)
         sys.exit(INTERRUPTED)
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
+
+_UNFINISHED = ".tmp-"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; what lies there in the end replaces `path` by one rename.
+    """A file name to write to, which takes the place of `path` at the end of the block, by one rename.
 
-    Only one process may write a path at a time.
+    The folder must be there. The name is its own: two processes that write one path, as a worker thought dead
+    and its successor may, do not meet in it. Only a process that is killed leaves it behind: see
+    `remove_unfinished`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = unfinished(path)
     try:
         yield temporary
         sync(temporary)
@@ -23,6 +28,17 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def unfinished(path: Path) -> Path:
+    """A new name beside `path`, for what is to become it."""
+    return path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}-{path.name}")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed processes left of `path`. Only for who alone may write it."""
+    for leftover in path.parent.glob(f"{_UNFINISHED}*{escape(path.name)}"):
+        leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catalog.corpus import Corpus
-from catalog.durable import replacing, sync
+from catalog.durable import remove_unfinished, replacing, sync, unfinished
 from catalog.errors import SetupError
+from catalog.merge import regrouped
 from catalog.store import Location
 
 MANIFEST_VERSION = 1
@@ -44,11 +44,14 @@ Digests = dict[str, str]
 
 @dataclass(frozen=True)
 class NewFile:
-    """A Parquet file that is to be replaced; `options` as of ParquetWriter."""
+    """A Parquet file that is to be replaced."""
 
     path: Path
-    table: pa.Table
-    options: Mapping[str, Any] = field(default_factory=dict)
+    tables: Iterable[pa.Table]
+    """Its rows, in any pieces: row groups are cut at the same rows however they come."""
+    schema: pa.Schema
+    group_rows: int = 1 << 16
+    compression: str = "zstd"
 
 
 class DamagedManifestError(SetupError):
@@ -65,10 +68,12 @@ def publish(corpus: Corpus, dataset: str, files: Sequence[NewFile]) -> None:
     """
     manifest, following = corpus.manifest_file(dataset), corpus.next_manifest_file(dataset)
     digests = read_manifest(manifest)
-    temporaries = [file.path.with_name(f".tmp-{file.path.name}") for file in files]
+    temporaries = [unfinished(file.path) for file in files]
+    for path in (manifest, following, *(file.path for file in files)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(path)
     try:
         for file, temporary in zip(files, temporaries, strict=True):
-            file.path.parent.mkdir(parents=True, exist_ok=True)
             digests[_name(corpus, file.path)] = _write_parquet(file, temporary)
             sync(temporary)
         _write_manifest(following, digests)
@@ -204,9 +209,11 @@ def _write_parquet(file: NewFile, target: Path) -> str:
 
 
 def _write_into(sink: _Digesting, file: NewFile) -> None:
-    # One chunk a column: how a table was put together must not show in the pages.
-    table = file.table.combine_chunks()
-    pq.write_table(table, sink, write_page_checksum=True, **file.options)
+    options = {"compression": file.compression, "write_page_checksum": True}
+    with pq.ParquetWriter(sink, file.schema, **options) as writer:
+        for group in regrouped(file.tables, file.group_rows):
+            # Taken anew: neither chunks nor offsets must show in the pages.
+            writer.write_table(group.take(pa.array(range(group.num_rows))), row_group_size=file.group_rows)
 
 
 class _Digesting:

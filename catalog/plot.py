@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.filesize import decimal
 
-from catalog.stats import audit, summarise
+from catalog.errors import SetupError
+from catalog.stats import AUDITED, SPACINGS, audit, summarise_cells
+from catalog.survey import Cells, GroupColumn, survey_table
 
 _FAMILIES = {
     "CT": "#3b6fb6",
@@ -27,6 +30,13 @@ _SPARE = ("#d56fa6", "#7c6a58", "#6f7f2f", "#2d4b6e")
 _REST = "#9a9a9a"
 _IMAGES, _DRAWS = "#b9c3cf", "#2d4b6e"
 _INK, _FAINT = "#2b2b2b", "#8a8a8a"
+
+PICTURED: tuple[GroupColumn, ...] = (*AUDITED, "dimension")
+"""What the table of `audit_picture` must be loaded for."""
+_DRAWN = [
+    *("modality", "dimension", "split", "sampling_weight"),
+    *("shape_d", "shape_h", "shape_w", "spacing_z", "spacing_y", "spacing_x"),
+]
 
 _MODALITY_ROWS = 15
 _SCATTER_POINTS = 50_000
@@ -57,21 +67,22 @@ _STYLE: dict[str, Any] = {
 
 
 def audit_picture(table: pa.Table, path: Path) -> None:
-    """Draw the ingested images of `table` (AUDIT_COLUMNS of `catalog.stats`) as a PNG at `path`.
+    """Draw the ingested images of `table` (`load_survey_table` by PICTURED) as a PNG at `path`.
 
     Modality mix and DA levels, each as share of images and as share of what training draws; spacing through
     the slices against spacing in-plane, with the DA levels as diagonals; slices and sides of the images. The
-    same table and matplotlib give the same bytes. Raises ValueError if no image was ingested.
+    same table and matplotlib give the same bytes. Raises SetupError if no image was ingested.
     """
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    images = table.filter(pc.equal(table["status"], "ingested"))
+    images = table.select(_DRAWN).filter(pc.equal(table["status"], "ingested"))
     if images.num_rows == 0:
-        raise ValueError("there is no ingested image to draw")
-    families = pc.list_element(pc.split_pattern(pc.fill_null(images["modality"], "?"), "/"), 0).to_numpy()
-    colours = _family_colours(families)
+        raise SetupError("there is no ingested image to draw. Leave --plot out, or ingest something first.")
+    survey = survey_table(table, AUDITED, SPACINGS)
+    families, names = _families(images["modality"])
+    colours = _family_colours(names)
     with style.context(["default", _STYLE], after_reset=True):
         figure = Figure(figsize=(15, 10.4), dpi=120)
         FigureCanvasAgg(figure)
@@ -87,9 +98,9 @@ def audit_picture(table: pa.Table, path: Path) -> None:
             height_ratios=(1, 1.25),
         )
         right = grid[1, 1].subgridspec(2, 1, hspace=0.55)
-        _title(figure, table)
-        _draw_modalities(figure.add_subplot(grid[0, 0]), images)
-        _draw_levels(figure.add_subplot(grid[0, 1]), images)
+        _title(figure, survey)
+        _draw_modalities(figure.add_subplot(grid[0, 0]), survey)
+        _draw_levels(figure.add_subplot(grid[0, 1]), survey)
         _draw_spacings(figure.add_subplot(grid[1, 0]), images, families, colours)
         _draw_slices(figure.add_subplot(right[0]), images, families, colours)
         _draw_sides(figure.add_subplot(right[1]), images, families, colours)
@@ -97,23 +108,31 @@ def audit_picture(table: pa.Table, path: Path) -> None:
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def _family_colours(families: npt.NDArray[Any]) -> dict[str, str]:
-    """Colour of every family that is there, the most frequent first."""
-    names, counts = np.unique(families.astype(str), return_counts=True)
-    ordered = [str(names[index]) for index in np.lexsort((names, -counts))]
+def _families(modality: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Number of each image's family, which is what stands before the slash, and their names by frequency."""
+    modality = modality.cast(pa.string())
+    names = pc.unique(modality)
+    family = [(name or "?").partition("/")[0] for name in names.to_pylist()]
+    kinds = sorted(set(family))
+    kind = np.array([kinds.index(name) for name in family])[pc.index_in(modality, names).to_numpy()]
+    order = np.argsort(-np.bincount(kind, minlength=len(kinds)), kind="stable")
+    return np.argsort(order)[kind], [kinds[number] for number in order]
+
+
+def _family_colours(names: Sequence[str]) -> dict[str, str]:
+    """Colour of every family, in their order."""
     spare = iter(_SPARE)
-    return {name: _FAMILIES.get(name) or next(spare, _REST) for name in ordered}
+    return {name: _FAMILIES.get(name) or next(spare, _REST) for name in names}
 
 
-def _title(figure: Any, table: pa.Table) -> None:
-    totals = audit(table)["totals"]
-    datasets = pc.count_distinct(table["dataset"]).as_py()
+def _title(figure: Any, survey: Sequence[Cells]) -> None:
+    totals = audit(survey)["totals"]
     figure.text(
         0.03, 0.955, f"{_count(totals['ingested'], 'image')}", fontsize=21, fontweight="bold", va="center"
     )
     facts = [
         _count(totals["subjects"], "subject"),
-        _count(datasets, "dataset"),
+        _count(len(survey), "dataset"),
         _count(totals["slices"], "slice"),
         f"{totals['voxels'] / 1e6:,.0f} million voxels",
         f"{decimal(totals['stored_bytes'])} on disk",
@@ -126,11 +145,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _draw_modalities(axes: Any, images: pa.Table) -> None:
-    rows = summarise(images, ["modality"]).to_pylist()
-    rows.sort(
-        key=lambda row: (-max(row["images"] / images.num_rows, row["sampling_share"]), str(row["modality"]))
-    )
+def _draw_modalities(axes: Any, survey: Sequence[Cells]) -> None:
+    rows = summarise_cells(survey, ["modality"], ()).to_pylist()
+    images = sum(row["images"] for row in rows)
+    rows.sort(key=lambda row: (-max(row["images"] / images, row["sampling_share"]), str(row["modality"])))
     cut = len(rows) if len(rows) <= _MODALITY_ROWS else _MODALITY_ROWS - 1
     shown, rest = rows[:cut], rows[cut:]
     names = [str(row["modality"] or "unknown") for row in shown]
@@ -141,7 +159,7 @@ def _draw_modalities(axes: Any, images: pa.Table) -> None:
         counts.append(sum(row["images"] for row in rest))
         draws.append(sum(row["sampling_share"] for row in rest))
     y = np.arange(len(names))
-    shares = np.array(counts) / images.num_rows
+    shares = np.array(counts) / images
     axes.barh(y - 0.19, 100 * shares, 0.36, color=_IMAGES, label="of the images")
     axes.barh(y + 0.19, 100 * np.array(draws), 0.36, color=_DRAWS, label="of what training draws")
     end = 100 * max(shares.max(), max(draws))
@@ -163,12 +181,12 @@ def _draw_modalities(axes: Any, images: pa.Table) -> None:
     axes.set_title("Modality")
 
 
-def _draw_levels(axes: Any, images: pa.Table) -> None:
-    rows = {row["da_level"]: row for row in summarise(images, ["da_level"]).to_pylist()}
+def _draw_levels(axes: Any, survey: Sequence[Cells]) -> None:
+    rows = {row["da_level"]: row for row in summarise_cells(survey, ["da_level"], ()).to_pylist()}
     levels = np.arange(6)
     counts = np.array([rows[level]["images"] if level in rows else 0 for level in levels])
     draws = np.array([rows[level]["sampling_share"] if level in rows else 0.0 for level in levels])
-    shares = counts / images.num_rows
+    shares = counts / sum(row["images"] for row in rows.values())
     axes.bar(levels - 0.19, 100 * shares, 0.36, color=_IMAGES, label="of the images")
     axes.bar(levels + 0.19, 100 * draws, 0.36, color=_DRAWS, label="of what training draws")
     end = 100 * max(shares.max(), draws.max())
@@ -184,7 +202,9 @@ def _draw_levels(axes: Any, images: pa.Table) -> None:
     axes.set_title("Level of anisotropy, before random scaling")
 
 
-def _draw_spacings(axes: Any, images: pa.Table, families: npt.NDArray[Any], colours: dict[str, str]) -> None:
+def _draw_spacings(
+    axes: Any, images: pa.Table, families: npt.NDArray[np.int64], colours: dict[str, str]
+) -> None:
     z = images["spacing_z"].to_numpy()
     x = pc.min_element_wise(images["spacing_y"], images["spacing_x"]).to_numpy()
     known = np.flatnonzero(~np.isnan(z) & ~np.isnan(x))
@@ -201,7 +221,7 @@ def _draw_spacings(axes: Any, images: pa.Table, families: npt.NDArray[Any], colo
         x[order],
         z[order],
         s=40 - 32 * strength,
-        c=[colours[family] for family in families[order]],
+        c=np.array(list(colours.values()))[families[order]],
         alpha=0.85 - 0.5 * strength,
         linewidths=0,
         zorder=3,
@@ -230,7 +250,7 @@ def _draw_spacings(axes: Any, images: pa.Table, families: npt.NDArray[Any], colo
             )
 
 
-def _draw_slices(axes: Any, images: pa.Table, families: npt.NDArray[Any], colours: dict[str, str]) -> None:
+def _draw_slices(axes: Any, images: pa.Table, families: npt.NDArray[np.int64], colours: dict[str, str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     volumes = pc.equal(images["dimension"], 3).to_numpy()
@@ -241,7 +261,7 @@ def _draw_slices(axes: Any, images: pa.Table, families: npt.NDArray[Any], colour
     _draw_sizes(axes, slices, np.ones(len(slices)), families[volumes], colours, if_empty="no 3-D image")
 
 
-def _draw_sides(axes: Any, images: pa.Table, families: npt.NDArray[Any], colours: dict[str, str]) -> None:
+def _draw_sides(axes: Any, images: pa.Table, families: npt.NDArray[np.int64], colours: dict[str, str]) -> None:
     sides = pc.min_element_wise(images["shape_h"], images["shape_w"]).to_numpy()
     # By draws: large 2-D collections of one size would hide all else if images were counted.
     weights = (
@@ -259,7 +279,7 @@ def _draw_sizes(
     axes: Any,
     sizes: npt.NDArray[Any],
     weights: npt.NDArray[Any],
-    families: npt.NDArray[Any],
+    families: npt.NDArray[np.int64],
     colours: dict[str, str],
     if_empty: str,
 ) -> None:
@@ -270,13 +290,17 @@ def _draw_sizes(
     low, high = _log_limits(sizes)
     # Bins end between whole numbers: otherwise some hold one number, others two, and the shape lies.
     bins = np.unique(np.floor(np.geomspace(low, high, 45)) + 0.5)
-    there = [name for name in colours if name in set(families)]
+    # Counted here: a histogram of millions of values, one of each family, costs gigabytes.
+    counts = np.zeros((len(colours), len(bins) - 1))
+    np.add.at(counts, (families, np.searchsorted(bins, sizes) - 1), weights)
+    there = np.flatnonzero(np.bincount(families, minlength=len(colours)))
+    middles = (bins[:-1] + bins[1:]) / 2
     axes.hist(
-        [sizes[families == name] for name in there],
+        [middles] * len(there),
         bins=bins,
-        weights=[weights[families == name] for name in there],
+        weights=[counts[number] for number in there],
         stacked=True,
-        color=[colours[name] for name in there],
+        color=[list(colours.values())[number] for number in there],
         linewidth=0.4,
         edgecolor="white",
     )

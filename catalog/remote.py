@@ -93,6 +93,7 @@ def update_copy(origin: RemotePath, folder: Path, wanted: Callable[[str], bool])
         gone = etags.keys() - told.keys()
         try:
             for name in changed:
+                _inside(folder, name).parent.mkdir(parents=True, exist_ok=True)
                 with replacing(_inside(folder, name)) as temporary:
                     (origin / name).download(temporary)
                 etags[name] = told[name].etag

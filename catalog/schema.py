@@ -2,6 +2,8 @@
 
 One row is one image: a single-modality 2-D or 3-D image. Excluded and failed images have rows too, with
 what is known of them, so that per dataset #discovered = #ingested + #excluded + #failed.
+
+`python -m catalog.schema > docs/catalog.md` writes the page that describes them.
 """
 
 from __future__ import annotations
@@ -98,3 +100,88 @@ PREVIEW_SCHEMA = pa.schema(
     metadata={"pumit_schema_version": str(SCHEMA_VERSION)},
 )
 """The sibling of the catalog that holds pictures, so that the catalog itself stays small."""
+
+
+_PAGE = """\
+# The catalog
+
+<!-- Made by `python -m catalog.schema > docs/catalog.md` from the columns in catalog/schema.py. -->
+
+One row an image, ingested or not; one Parquet file a dataset, `catalog/dataset=ID/images.parquet` below the
+corpus, sorted by key. Version {version} of the schema, which stands in each file as `pumit_schema_version`.
+
+## Columns
+
+| column | type | unit | meaning |
+| --- | --- | --- | --- |
+{columns}
+
+Types are those of Arrow; a type with `not null` always has a value.
+
+## Previews
+
+`catalog/dataset=ID/previews.parquet` holds pictures of the ingested images, apart: the catalog stays small.
+
+| column | type | unit | meaning |
+| --- | --- | --- | --- |
+{previews}
+
+## Reading it
+
+On the command line the table `images` has these columns:
+
+```sh
+pumit-data query "SELECT modality, count(*), median(spacing_z) FROM images GROUP BY ALL" --data corpus
+```
+
+In Python, with every checksum compared, as an Arrow table that all libraries for tables take:
+
+```python
+from pathlib import Path
+from catalog.corpus import Corpus
+from catalog.query import load_catalog
+
+images = load_catalog(Corpus(Path("corpus")), status=None)
+```
+
+Without PUMIT-data. The folder names repeat the column `dataset`, so readers are told not to make it twice.
+
+```python
+import pandas
+from glob import glob
+
+files = sorted(glob("corpus/catalog/*/images.parquet"))
+frame = pandas.concat(pandas.read_parquet(file, partitioning=None) for file in files)
+```
+
+```python
+import polars
+
+frame = polars.read_parquet("corpus/catalog/*/images.parquet", hive_partitioning=False)
+```
+
+```python
+import duckdb
+
+frame = duckdb.sql("FROM read_parquet('corpus/catalog/*/images.parquet', hive_partitioning = false)")
+```
+"""
+
+
+def page() -> str:
+    """docs/catalog.md."""
+    columns, previews = (
+        "\n".join(_line(field) for field in schema) for schema in (CATALOG_SCHEMA, PREVIEW_SCHEMA)
+    )
+    return _PAGE.format(version=SCHEMA_VERSION, columns=columns, previews=previews)
+
+
+def _line(field: pa.Field) -> str:
+    kind = f"list of {field.type.value_type}" if pa.types.is_list(field.type) else str(field.type)
+    words = [f"`{field.name}`", kind if field.nullable else f"{kind}, not null"]
+    words += [field.metadata.get(b"unit", b"").decode(), field.metadata[b"description"].decode()]
+    return "| " + " | ".join(word.replace("|", "\\|") for word in words) + " |"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+import json
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import closing
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
 from catalog.manifest import NewFile, publish, refuse_damaged
-from catalog.query import read_table
+from catalog.query import read_batches
 from catalog.schema import SCHEMA_VERSION
+from catalog.scratch import scratch_database
+
+_BATCH_ROWS = 1 << 14
 
 _PUBLIC_KEY = b"PUMIT-data validation split, version 1"
 """Not a secret: it makes the draw independent of any other use of the same hash."""
@@ -40,41 +47,101 @@ SPLIT_SCHEMA = pa.schema(
 """One row per subject ever discovered, sorted by hash."""
 
 
-def hold_out(corpus: Corpus, dataset: str, subjects: Mapping[str, Collection[str]]) -> frozenset[str]:
+def hold_out(corpus: Corpus, dataset: str, subjects: Mapping[str, Iterable[str]]) -> frozenset[str]:
     """Return the subjects of a dataset whose images, of every modality, are for validation.
 
-    `subjects` maps each modality to its *discovered* subjects. Per modality the one of minimal keyed hash is
-    held out, or the next that leaves every modality a subject to train on; a modality without such a subject
-    has none. `splits/<dataset>.parquet` records the choice and every subject seen. What it says stays: a
+    `subjects` maps each modality to its *discovered* subjects, in any order and as often as they come; memory
+    does not grow with them. Per modality the one of minimal keyed hash is held out, or the next that leaves
+    every modality a subject to train on; a modality without such a subject has none.
+    `splits/<dataset>.parquet` records the choice and every subject seen. What it says stays: a
     modality that comes later (or had no choice before) chooses only among subjects never discovered before,
     because a model may already have been trained on the others. If it shows nobody but subjects held out
     before, it has nothing to train on.
 
     Raises SetupError if the recorded split is damaged. Only one process may do this for a dataset at a time.
     """
-    hash_of = {subject: _subject_hash(dataset, subject) for members in subjects.values() for subject in members}
-    groups = {modality: {hash_of[subject] for subject in members} for modality, members in subjects.items()}
-    recorded = _recorded(corpus, dataset)
     refuse_damaged(corpus, dataset, corpus.split_file(dataset), _REMEDY)
-    held_out = {subject: set(modalities) for subject, modalities in recorded.items() if modalities}
-    decided = set().union(*held_out.values())
-    for modality in sorted(groups.keys() - decided):
-        for candidate in sorted(groups[modality] - recorded.keys()):
-            taken = held_out.keys() | {candidate}
-            if all(group - taken for group in groups.values() if candidate in group):
+    with closing(_gathered(corpus, dataset, subjects)) as database:
+        held_out = {
+            hashed: set(modalities.split("\0"))
+            for hashed, modalities in database.execute("SELECT hash, held FROM recorded WHERE held IS NOT NULL")
+        }
+        drawn = {modality for modalities in held_out.values() for modality in modalities}
+        for modality in sorted(subjects.keys() - drawn):
+            candidate = _candidate(database, modality, held_out.keys())
+            if candidate is not None:
                 held_out.setdefault(candidate, set()).add(modality)
-                break
-    known = recorded.keys() | set(hash_of.values())
-    split = {subject: sorted(held_out.get(subject, ())) for subject in sorted(known)}
-    if split != recorded:
-        columns = [list(split.keys()), list(split.values())]
-        publish(corpus, dataset, [split_file(corpus, dataset, pa.table(columns, schema=SPLIT_SCHEMA))])
-    return frozenset(subject for subject, hashed in hash_of.items() if hashed in held_out)
+        _write(corpus, dataset, database, held_out)
+        found = {
+            subject
+            for hashed in held_out
+            for (subject,) in database.execute("SELECT subject FROM member WHERE hash = ?", (hashed,))
+        }
+    return frozenset(subject.decode(errors="surrogatepass") for subject in found)
 
 
-def split_file(corpus: Corpus, dataset: str, split: pa.Table) -> NewFile:
-    """How a dataset's split is written."""
-    return NewFile(corpus.split_file(dataset), split, {"compression": "zstd"})
+def _gathered(corpus: Corpus, dataset: str, subjects: Mapping[str, Iterable[str]]) -> sqlite3.Connection:
+    """Tables of who is recorded, with the modalities they validate or null, and of who is there."""
+    database = scratch_database()
+    database.execute("CREATE TABLE recorded (hash TEXT PRIMARY KEY, held TEXT) WITHOUT ROWID")
+    database.execute(
+        "CREATE TABLE member (modality TEXT, hash TEXT, subject BLOB, PRIMARY KEY (modality, hash)) "
+        "WITHOUT ROWID"
+    )
+    database.execute("BEGIN")
+    for table in _recorded(corpus, dataset):
+        held = ("\0".join(modalities) or None for modalities in table["held_out_for"].to_pylist())
+        rows = zip(table["subject_hash"].to_pylist(), held, strict=True)
+        database.executemany("INSERT INTO recorded VALUES (?, ?)", rows)
+    for modality, members in subjects.items():
+        # Folder names that are no valid UTF-8 reach Python as lone surrogates.
+        encoded = (
+            (modality, _subject_hash(dataset, subject), subject.encode(errors="surrogatepass"))
+            for subject in members
+        )
+        database.executemany("INSERT OR IGNORE INTO member VALUES (?, ?, ?)", encoded)
+    database.execute("CREATE INDEX of_subject ON member (hash)")
+    return database
+
+
+def _candidate(database: sqlite3.Connection, modality: str, held_out: Collection[str]) -> str | None:
+    """The first subject by hash, never seen before, that leaves all its modalities one to train on."""
+    unseen = database.execute(
+        "SELECT hash FROM member WHERE modality = ? AND hash NOT IN (SELECT hash FROM recorded) ORDER BY hash",
+        (modality,),
+    )
+    for (candidate,) in unseen:
+        taken = [*held_out, candidate]
+        remaining = database.execute(
+            "SELECT EXISTS (SELECT 1 FROM member AS other WHERE other.modality = own.modality "
+            "AND other.hash NOT IN (SELECT value FROM json_each(?))) FROM member AS own WHERE own.hash = ?",
+            (json.dumps(taken), candidate),
+        )
+        if all(exists for (exists,) in remaining):
+            return str(candidate)
+    return None
+
+
+def _write(
+    corpus: Corpus, dataset: str, database: sqlite3.Connection, held_out: Mapping[str, Collection[str]]
+) -> None:
+    """Record the split, unless it says so already."""
+    new = "SELECT 1 FROM member WHERE hash NOT IN (SELECT hash FROM recorded) LIMIT 1"
+    if database.execute(new).fetchone() is None:  # who is held out now was unseen before
+        return
+    known = database.execute("SELECT hash FROM recorded UNION SELECT hash FROM member ORDER BY 1")
+
+    def tables() -> Iterator[pa.Table]:
+        while hashes := [hashed for (hashed,) in known.fetchmany(_BATCH_ROWS)]:
+            modalities = [sorted(held_out.get(hashed, ())) for hashed in hashes]
+            yield pa.table([hashes, modalities], schema=SPLIT_SCHEMA)
+
+    publish(corpus, dataset, [split_file(corpus, dataset, tables())])
+
+
+def split_file(corpus: Corpus, dataset: str, split: Iterable[pa.Table]) -> NewFile:
+    """How a dataset's split is written; `split` sorted by hash, in any pieces."""
+    return NewFile(corpus.split_file(dataset), split, SPLIT_SCHEMA)
 
 
 def split_fingerprint(corpus: Corpus, datasets: Collection[str] | None = None) -> str:
@@ -87,8 +154,9 @@ def split_fingerprint(corpus: Corpus, datasets: Collection[str] | None = None) -
         datasets = [path.stem for path in corpus.split_file("*").parent.glob("[!.]*.parquet")]
     digest = hashlib.sha256()
     for dataset in sorted(set(datasets)):
-        for subject, modalities in _recorded(corpus, dataset).items():
-            if modalities:
+        for table in _recorded(corpus, dataset):
+            held_out = table.filter(pc.greater(pc.list_value_length(table["held_out_for"]), 0))
+            for subject in held_out["subject_hash"].to_pylist():
                 digest.update(f"{dataset}\0{subject}\n".encode())
     return digest.hexdigest()
 
@@ -99,9 +167,8 @@ def _subject_hash(dataset: str, subject: str) -> str:
     return hashlib.blake2b(text, key=_PUBLIC_KEY, digest_size=16).hexdigest()
 
 
-def _recorded(corpus: Corpus, dataset: str) -> dict[str, list[str]]:
+def _recorded(corpus: Corpus, dataset: str) -> Iterator[pa.Table]:
+    """The rows of SPLIT_SCHEMA; none where nothing is recorded."""
     path = corpus.split_file(dataset)
-    if not path.is_file():
-        return {}
-    table = read_table(path, _REMEDY)
-    return dict(zip(table["subject_hash"].to_pylist(), table["held_out_for"].to_pylist(), strict=True))
+    if path.is_file():
+        yield from read_batches(path, _REMEDY)

@@ -212,7 +212,8 @@ class RemotePath:
     def _asked(self, request: Callable[[Any], _T], *, again: bool = True) -> _T:
         """The answer to a request, in terms of this module's errors.
 
-        The library itself repeats a request that finds no answer; `again` also one whose answer breaks off.
+        The library itself repeats what is safe to repeat as long as no answer has begun. `again` repeats the
+        rest: an answer that broke off, and a deletion.
         """
         errors = _library().exceptions
         for attempt in range(RETRIES + 1):
@@ -221,7 +222,8 @@ class RemotePath:
             except FileNotFoundError:
                 raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self)) from None
             except errors.BaseError as error:
-                broke_off = "max_retries" not in str(error) and isinstance(error, errors.GenericError)
+                exhausted = re.search(r"after \d+ retries", str(error)) or _status(str(error))
+                broke_off = isinstance(error, errors.GenericError) and not exhausted
                 if not (again and broke_off) or attempt == RETRIES:
                     raise store_error(self, str(error)) from None
             time.sleep(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS))
@@ -292,8 +294,7 @@ def tensorstore_context() -> dict[str, Any]:
 
 def store_error(path: RemotePath, text: str) -> StoreError:
     """What a library's `text` about an object means, and what to do. The text itself may quote credentials."""
-    status = re.search(r"(?:status|response)[ _]code\D{0,3}(\d{3})", text)
-    code = int(status[1]) if status else 0
+    code = _status(text)
     if "NoSuchBucket" in text:
         return StoreError(
             errno.ENOENT, f"there is no bucket {path.bucket}; make it, or correct the URL", str(path)
@@ -308,6 +309,12 @@ def store_error(path: RemotePath, text: str) -> StoreError:
     else:
         why = "the store does not answer, or breaks off, also when asked again"
     return StoreError(errno.EIO, f"{why}; is {endpoint() or 'the network'} up and reachable?", str(path))
+
+
+def _status(text: str) -> int:
+    """HTTP status that a library's message quotes; 0 if none."""
+    found = re.search(r"(?:status|response)[ _]code\D{0,3}(\d{3})", text)
+    return int(found[1]) if found else 0
 
 
 class _ObjectReader(io.RawIOBase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,10 +13,17 @@ import pyarrow.parquet as pq
 from catalog.corpus import Corpus
 from catalog.durable import replacing
 from catalog.manifest import NewFile, publish, refuse_damaged
-from catalog.query import read_table, remedy_of
+from catalog.merge import SortedRuns, merged
+from catalog.query import read_batches, remedy_of
 from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA
+from catalog.scratch import NameSet
 
 Rows: TypeAlias = "pa.Table | Sequence[Mapping[str, Any]]"
+
+_GROUP_ROWS = 1 << 16
+_PREVIEW_GROUP_ROWS = 1 << 10
+_PREVIEWS_HELD = 1 << 13
+_BATCH_ROWS = 1 << 13
 
 _VOCABULARY = {"status": ("ingested", "excluded", "failed"), "split": ("train", "validation")}
 
@@ -37,47 +44,77 @@ def merge_dataset(
     Raises ValueError if a row breaks the schema, comes twice or is of another dataset, or a preview has no
     row; SetupError if the earlier file is damaged; OSError if the disk is full (the earlier files stay).
     """
-    new = _conform(dataset, rows, CATALOG_SCHEMA)
-    new_previews = _conform(dataset, previews, PREVIEW_SCHEMA)
-    for name, words in _VOCABULARY.items():
-        if unknown := set(pc.unique(new[name]).to_pylist()) - set(words):
-            raise ValueError(f"{dataset}: {name} must be one of {words}, got {sorted(unknown)}")
+    merge_batches(corpus, dataset, [(rows, previews, reread)])
 
-    old = _earlier(corpus, dataset, corpus.catalog_file(dataset), CATALOG_SCHEMA)
-    old_previews = _earlier(corpus, dataset, corpus.preview_file(dataset), PREVIEW_SCHEMA)
-    gone = pc.or_(_is_in(old["source_path"], list(reread)), _is_in(old["key"], new["key"]))
-    kept = old.filter(pc.invert(gone))
-    kept_previews = old_previews.filter(_is_in(old_previews["key"], kept["key"]))
 
-    images = pa.concat_tables([kept, new])
-    pictures = pa.concat_tables([kept_previews, new_previews])
-    if strays := pictures.filter(pc.invert(_is_in(pictures["key"], images["key"])))["key"].to_pylist():
-        raise ValueError(f"{dataset}: previews without a row: {strays[:5]}")
+def merge_batches(corpus: Corpus, dataset: str, batches: Iterable[tuple[Rows, Rows, Collection[str]]]) -> None:
+    """As `merge_dataset`, of (rows, previews, reread) in any number of parts: memory does not grow with it."""
+    file, pictures_file = corpus.catalog_file(dataset), corpus.preview_file(dataset)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images = SortedRuns(CATALOG_SCHEMA, file.parent, _GROUP_ROWS)
+    pictures = SortedRuns(PREVIEW_SCHEMA, file.parent, _PREVIEWS_HELD)
+    new_keys, reread_paths = NameSet(), NameSet()
+    for rows, previews, reread in batches:
+        new = _conform(dataset, rows, CATALOG_SCHEMA)
+        for name, words in _VOCABULARY.items():
+            if unknown := set(pc.unique(new[name]).to_pylist()) - set(words):
+                raise ValueError(f"{dataset}: {name} must be one of {words}, got {sorted(unknown)}")
+        new_previews = _conform(dataset, previews, PREVIEW_SCHEMA)
+        if strays := new_previews.filter(pc.invert(pc.is_in(new_previews["key"], new["key"])))[
+            "key"
+        ].to_pylist():
+            raise ValueError(f"{dataset}: previews without a row: {strays[:5]}")
+        images.add(new)
+        pictures.add(new_previews)
+        new_keys.add(new["key"].to_pylist())
+        reread_paths.add(reread)
+
+    def earlier(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+        """What stays of a file: the rows that no new one replaces."""
+        batches = read_batches(path, remedy_of(dataset), rows=_BATCH_ROWS, schema=schema)
+        for table in batches if path.is_file() else ():
+            kept = table.select(schema.names).cast(schema)
+            yield kept.filter(pc.invert(new_keys.mask(kept["key"])))
+
+    def earlier_rows() -> Iterator[pa.Table]:
+        for table in earlier(file, CATALOG_SCHEMA):
+            yield table.filter(pc.invert(reread_paths.mask(table["source_path"])))
+
+    gone = NameSet()
+    for table in earlier(file, CATALOG_SCHEMA):
+        gone.add(table["key"].filter(reread_paths.mask(table["source_path"])).to_pylist())
+    for path in (file, pictures_file):
+        # A flipped bit must not enter the new file, whose hash would vouch for it.
+        refuse_damaged(corpus, dataset, path, remedy_of(dataset))
+    earlier_pictures = (
+        table.filter(pc.invert(gone.mask(table["key"]))) for table in earlier(pictures_file, PREVIEW_SCHEMA)
+    )
+    rows_now = _without_repeats(dataset, merged([earlier_rows(), images.sorted()]))
     publish(
         corpus,
         dataset,
         [
-            preview_file(corpus, dataset, pictures.sort_by("key")),
-            catalog_file(corpus, dataset, images.sort_by("key")),
+            preview_file(corpus, dataset, merged([earlier_pictures, pictures.sorted()])),
+            catalog_file(corpus, dataset, rows_now),
         ],
     )
 
 
-def catalog_file(corpus: Corpus, dataset: str, images: pa.Table) -> NewFile:
-    """How a dataset's catalog is written."""
-    return NewFile(corpus.catalog_file(dataset), images, {"compression": "zstd"})
+def catalog_file(corpus: Corpus, dataset: str, images: Iterable[pa.Table]) -> NewFile:
+    """How a dataset's catalog is written; `images` sorted by key, in any pieces."""
+    return NewFile(corpus.catalog_file(dataset), images, CATALOG_SCHEMA, _GROUP_ROWS)
 
 
-def preview_file(corpus: Corpus, dataset: str, pictures: pa.Table) -> NewFile:
+def preview_file(corpus: Corpus, dataset: str, pictures: Iterable[pa.Table]) -> NewFile:
     """How a dataset's previews are written: PNG cannot be compressed again, and one is read at a time."""
-    return NewFile(corpus.preview_file(dataset), pictures, {"compression": "none", "row_group_size": 1024})
+    return NewFile(corpus.preview_file(dataset), pictures, PREVIEW_SCHEMA, _PREVIEW_GROUP_ROWS, "none")
 
 
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Replace a Parquet file by one rename, with a checksum in every page; `options` as of ParquetWriter.
 
-    Equal tables give equal bytes. Only one process may write a path at a time. For files that are no part of
-    the published corpus; those go through `catalog.manifest.publish`.
+    The folder must be there. Equal tables give equal bytes. For files that are no part of the published
+    corpus; those go through `catalog.manifest.publish`.
     """
     with replacing(path) as temporary:
         # One chunk a column: how a table was put together must not show in the pages.
@@ -105,14 +142,10 @@ def _conform(dataset: str, rows: Rows, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _earlier(corpus: Corpus, dataset: str, path: Path, schema: pa.Schema) -> pa.Table:
-    if not path.is_file():
-        return schema.empty_table()
-    table = read_table(path, remedy_of(dataset), schema=schema).select(schema.names).cast(schema)
-    # A flipped bit must not enter the new file, whose hash would vouch for it.
-    refuse_damaged(corpus, dataset, path, remedy_of(dataset))
-    return table
-
-
-def _is_in(column: pa.ChunkedArray, values: pa.ChunkedArray | list[str]) -> pa.ChunkedArray:
-    return pc.is_in(column, value_set=pa.array(values, pa.string()) if isinstance(values, list) else values)
+def _without_repeats(dataset: str, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The sorted stream itself; ValueError where a key comes twice."""
+    for table in tables:
+        keys = table["key"].combine_chunks()
+        if (twice := keys[1:].filter(pc.equal(keys[1:], keys[:-1]))).to_pylist():
+            raise ValueError(f"{dataset}: keys given twice: {twice.unique().to_pylist()[:5]}")
+        yield table

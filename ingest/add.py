@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from catalog.errors import SetupError
-from ingest.discover import dataset_root, find_sources
+from ingest.discover import dataset_root
 from ingest.draft import Draft
+from ingest.found import find_sources
 from ingest.glance import survey
 from ingest.source import ImageSource
 from ingest.spec import DatasetSpec, load_specs, own_file, problems_of, shipped_file

@@ -22,7 +22,8 @@ from rich.text import Text
 
 from catalog.errors import SetupError
 from ingest.archives import is_archive, members
-from ingest.discover import dataset_root, find_sources, listed_folders
+from ingest.discover import dataset_root, listed_folders
+from ingest.found import find_sources
 from ingest.glance import SUFFIXES, format_or_none, listing, suffix_of
 from ingest.layout import Layout, Move
 from ingest.source import ImageSource

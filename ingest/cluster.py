@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from catalog.errors import SetupError
+from ingest.journal import Journal, RunEndedError
+from ingest.task import IngestTask, TaskResult, run_task
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") | {
     # ITK counts its own threads.
@@ -20,22 +23,40 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
 _QUIET = {"PYTHONWARNINGS": "ignore", "OPENCV_LOG_LEVEL": "OFF"}
 """What libraries say of an odd file would tear the progress bar; its row says what became of it."""
 _CONNECT_SECONDS = 20
+_DASHBOARD_SECONDS = 2
+_WIDTH_SECONDS = 5
+"""So often it is looked how many workers there are: on a cluster they come and go."""
+
+_USABLE_MEMORY = 0.9
+_MEMORY_OF_A_WORKER = 1 << 30
+"""Bytes: imports (300 MB) and a pack's images (256 of at most 512 x 1024 x 3 or 512 x 512 x 2 bytes)."""
+_EXPANSION = 8
+"""Peak memory of a volume per byte of its file, at most: voxels take up to 3 bytes per byte compressed, and
+peak memory is up to 2.6 times the voxels (benchmarks/RESULTS.md)."""
 
 
 @contextmanager
-def open_client(workers: int | None = None, scheduler: str | None = None) -> Iterator[Client]:
+def open_client(
+    workers: int | None = None, scheduler: str | None = None, largest_bytes: int = 0
+) -> Iterator[Client]:
     """Connect to a scheduler, or start worker processes on this machine.
 
     Args:
-        workers: number of local processes; by default one per core this process may use.
+        workers: number of local processes; by default one per core this process may use, and fewer where the
+            memory would not hold so many of the largest files.
         scheduler: address such as `tcp://host:8786`; its workers must see the same folders.
+        largest_bytes: size of the largest file or series.
 
     Raises:
         SetupError: no scheduler answers at the address.
     """
     import dask
     from distributed import Client, LocalCluster
+    from distributed.system import MEMORY_LIMIT
 
+    # What distributed has to say of lost connections, the run says in its own words.
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=_CONNECT_SECONDS)
@@ -54,15 +75,117 @@ def open_client(workers: int | None = None, scheduler: str | None = None) -> Ite
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": True,
     }
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    number = workers or workers_that_fit(largest_bytes)
     with (
         dask.config.set(settings),
         LocalCluster(
-            n_workers=workers or len(os.sched_getaffinity(0)),
+            n_workers=number,
             threads_per_worker=1,
+            memory_limit=MEMORY_LIMIT // number,
             dashboard_address=":0",
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
     ):
         yield client
+
+
+def workers_that_fit(largest_bytes: int) -> int:
+    """Number of worker processes for this machine: cores and memory of its control group are respected.
+
+    Args:
+        largest_bytes: size of the largest file or series; every worker must be able to hold it at once.
+    """
+    from dask.system import CPU_COUNT
+    from distributed.system import MEMORY_LIMIT
+
+    needed = _MEMORY_OF_A_WORKER + _EXPANSION * largest_bytes
+    return max(1, min(int(CPU_COUNT), int(_USABLE_MEMORY * MEMORY_LIMIT) // needed))
+
+
+def dashboard_of(client: Client) -> str | None:
+    """Address of the cluster's dashboard, if it answers there: it needs bokeh, which few have."""
+    link = client.dashboard_link
+    try:
+        with urllib.request.urlopen(link, timeout=_DASHBOARD_SECONDS) as page:  # noqa: S310 - of http alone
+            missing = b"Dask needs" in page.read()
+    except (OSError, ValueError):
+        return None
+    return None if missing else str(link)
+
+
+class DaskPool:
+    """A `Pool` of `ingest.drive` on a Dask cluster."""
+
+    def __init__(self, client: Client) -> None:
+        from distributed import as_completed
+
+        self._client = client
+        self._completed = as_completed()
+        self._running: dict[Future, IngestTask] = {}
+        self._width = 0
+        self._width_known = float(-_WIDTH_SECONDS)
+
+    def width(self) -> int:
+        """Two tasks for each thread of a worker: one runs, one waits."""
+        if time.monotonic() - self._width_known >= _WIDTH_SECONDS:
+            self._width = 2 * max(1, sum(self._asked(self._client.nthreads).values()))
+            self._width_known = time.monotonic()
+        return self._width
+
+    def in_flight(self) -> int:
+        return len(self._running)
+
+    def submit(self, task: IngestTask) -> None:
+        future = self._asked(self._client.submit, run_task, task, pure=False)
+        self._running[future] = task
+        self._completed.add(future)
+
+    def wait(self) -> tuple[IngestTask, TaskResult | None]:
+        """As `Pool.wait`.
+
+        Raises:
+            SetupError: the scheduler is gone, or its workers cannot do such tasks.
+            OSError: the corpus cannot be written.
+        """
+        from distributed import CancelledError, KilledWorker
+        from distributed.comm import CommClosedError
+
+        future = next(self._completed)
+        task = self._running.pop(future)
+        try:
+            return task, future.result()
+        except KilledWorker:
+            return task, None
+        except (CancelledError, CommClosedError) as error:
+            raise self._lost() from error
+        except RunEndedError as error:
+            Journal(task.corpus, task.dataset).check_open(task.run)
+            raise SetupError(
+                f"a worker of {self._client.scheduler.address} does not see {task.corpus.root}. The corpus and "
+                "the raw folder must lie at the same paths on all machines."
+            ) from error
+        except (ImportError, AttributeError) as error:
+            raise SetupError(
+                f"a worker of {self._client.scheduler.address} cannot run this program ({error}). Install the "
+                "same version of pumit-data on all machines."
+            ) from error
+
+    def cancel(self) -> None:
+        """Give up what is in flight."""
+        if self._client.status == "running":
+            self._client.cancel(list(self._running))
+
+    def _asked(self, question: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return question(*arguments, **options)
+        except Exception as error:
+            if self._client.status == "running":
+                raise
+            raise self._lost() from error
+
+    def _lost(self) -> SetupError:
+        return SetupError(
+            "the connection to the Dask scheduler broke. What was done before is kept: once the scheduler is "
+            "there again, repeat the command, and it goes on."
+        )

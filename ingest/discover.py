@@ -1,30 +1,28 @@
 """From the folder of a dataset to its images: the rules of datasets.yaml applied to paths.
 
 Key, subject and modality come from the path, or from a table that the dataset brings along. No other file is
-opened, unless the entry says that there are copies: then files of one size are compared. The result does not
-depend on the order in which the file system lists names, nor on locale, case or Unicode form.
+opened. What is said of a path does not depend on the order in which the file system lists names, nor on locale,
+case or Unicode form.
 """
 
 from __future__ import annotations
 
 import csv
 import fnmatch
-import hashlib
 import json
 import logging
 import os
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from glob import escape
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from catalog.errors import SetupError
 from ingest.names import NameKey
-from ingest.source import ImageSource, shared_weight
+from ingest.source import ImageSource
 from ingest.spec import ChannelNames, DatasetSpec, Exclusion, ImageGroup, ModalityRule, Table
 
 _log = logging.getLogger(__name__)
@@ -57,9 +55,20 @@ def dataset_root(spec: DatasetSpec, raw: Path) -> Path:
         both = " and ".join(sorted(map(str, found)))
         raise SetupError(f"{spec.id}: both {both} exist. Keep one.")
     root = found[0]
-    if not _entries(root):
+    if not any(_entries(root)):
         raise SetupError(f"{spec.id}: {root} is empty. {_expected(spec)}")
     return root
+
+
+def why_left_out(spec: DatasetSpec, raw: Path) -> str | None:
+    """Why an ingest of all datasets passes this one over; None if it does not.
+
+    Raises:
+        SetupError: `raw` is missing.
+    """
+    if not raw.is_dir():
+        raise SetupError(f"The raw folder {raw} does not exist. Say where it is: --raw FOLDER.")
+    return spec.left_out if existing_roots(spec, raw) else "no folder"
 
 
 def existing_roots(spec: DatasetSpec, raw: Path) -> list[Path]:
@@ -73,55 +82,59 @@ def existing_roots(spec: DatasetSpec, raw: Path) -> list[Path]:
     return list(found.values())
 
 
-def find_sources(spec: DatasetSpec, root: Path, names: NameKey | None = None) -> list[ImageSource]:
-    """All images of a dataset, sorted by key (by code point).
+class Found(NamedTuple):
+    """A source as discovery meets it."""
+
+    group: int
+    """Number of its `images` group, ..."""
+    glob: int
+    """... and of the glob in it: which of two copies is kept."""
+    share: str | None
+    """Files that have it in common share one weight."""
+    source: ImageSource
+
+
+def stream_sources(spec: DatasetSpec, root: Path, names: NameKey | None = None) -> Iterator[Found]:
+    """Images of a dataset as they are met; nothing is held.
+
+    In no order; one that several globs of a group match comes several times. Whether paths and keys are
+    unique, which are copies and how many share a weight is for the caller to see.
 
     With `names`, key and subject of a dataset whose names are private are ids, and its paths have an alias.
 
-    Nothing is left out silently: names that match `exclusions`, and copies, come with `exclude`; a link that
-    leads out of `root`, or nowhere, is listed, and reading it fails with a reason. Absent folders are
-    tolerated, for who downloads a part ingests a part.
-
     Raises:
-        SetupError: nothing found; a path that the rules cannot describe; two images with one key; a table or
-            dataset.json that is missing or malformed; a table that lists a folder outside the dataset.
+        SetupError: a path that the rules cannot describe; a table or dataset.json that is missing or malformed.
     """
-    by_path: dict[str, ImageSource] = {}
-    by_key: dict[str, ImageSource] = {}
-    sharing: dict[tuple[int, str], list[str]] = defaultdict(list)
     ignored = [re.compile(pattern, re.IGNORECASE) for pattern in spec.ignore]
     for number, group in enumerate(spec.images):
-        own = set[str]()
         channels = _channels(spec, group.channels, root) if group.channels is not None else ()
-        for path, cells in _paths(spec, group, root):
+        for glob, path, cells in _paths(spec, group, root):
             name = unicodedata.normalize("NFC", path)
-            if path in own or any(pattern.search(name) for pattern in ignored):
+            if any(pattern.search(name) for pattern in ignored):
                 continue
-            if path in by_path:
-                raise SetupError(
-                    f"{spec.id}: {path} is found by two of the `images` groups, the last [{number}]."
-                )
             source = _source(spec, group, root, path, name, cells, channels)
+            share = None
+            if group.share_among is not None and source.failure is None and source.exclude is None:
+                fields = _fields(spec, group, path, name) | dict(cells)
+                share = f"{number}/{group.share_among.format_map(fields)}"
             if spec.private_names and names is not None:
                 source = _renamed(source, name, names)
-            other = by_key.setdefault(source.key, source)
-            if other is not source:
-                raise SetupError(
-                    f"{spec.id}: {other.path} and {path} both have the key {source.key!r}. If one is a copy, "
-                    "move it away; else the `key` in datasets.yaml needs more of the path."
-                )
-            own.add(path)
-            by_path[path] = source
-            if group.share_among is not None and source.failure is None:
-                fields = _fields(spec, group, path, name) | dict(cells)
-                sharing[number, group.share_among.format_map(fields)].append(path)
-    if not by_path:
-        raise SetupError(f"{spec.id}: no image found in {root}. {_expected(spec)}")
-    if spec.one_copy:
-        by_path |= {copy.path: copy for copy in _copies(by_path.values())}
-    for paths in sharing.values():
-        by_path |= {source.path: source for source in _sharing([by_path[path] for path in paths])}
-    return sorted(by_path.values(), key=lambda source: source.key)
+            yield Found(number, glob, share, source)
+
+
+def found_twice(spec: DatasetSpec, path: str, group: int) -> SetupError:
+    return SetupError(f"{spec.id}: {path} is found by two of the `images` groups, the last [{group}].")
+
+
+def same_key(spec: DatasetSpec, key: str, path: str, other: str) -> SetupError:
+    return SetupError(
+        f"{spec.id}: {path} and {other} both have the key {key!r}. If one is a copy, move it away; else the "
+        "`key` in datasets.yaml needs more of the path."
+    )
+
+
+def nothing_found(spec: DatasetSpec, root: Path) -> SetupError:
+    return SetupError(f"{spec.id}: no image found in {root}. {_expected(spec)}")
 
 
 def _source(
@@ -236,29 +249,6 @@ def _told(group: ImageGroup, fields: Mapping[str, str]) -> str:
     return f" ({', '.join(f'{field} {fields[field]!r}' for field in looked_at)})" if looked_at else ""
 
 
-def _copies(sources: Iterable[ImageSource]) -> Iterator[ImageSource]:
-    """Those sources whose file has the same bytes as an earlier one's, marked as excluded."""
-    by_size: dict[int, list[ImageSource]] = defaultdict(list)
-    for source in sources:
-        if source.exclude is None:
-            with suppress(OSError):  # reading it will tell why
-                by_size[source.file.stat().st_size].append(source)
-    for same_size in by_size.values():
-        first: dict[str, ImageSource] = {}
-        for source in same_size if len(same_size) > 1 else ():
-            with suppress(OSError), source.file.open("rb") as stream:
-                original = first.setdefault(hashlib.file_digest(stream, "sha256").hexdigest(), source)
-                if original is not source:
-                    why = f"it has the same bytes as {original.public_path}, which is kept."
-                    yield replace(source, exclude=("duplicate", why))
-
-
-def _sharing(sources: list[ImageSource]) -> list[ImageSource]:
-    """Files that share one weight, those that are left out not counted."""
-    count = sum(source.exclude is None for source in sources)
-    return [replace(source, weight=source.weight * shared_weight(max(count, 1))) for source in sources]
-
-
 def _channels(spec: DatasetSpec, channels: ChannelNames, root: Path) -> tuple[str, ...]:
     """Modalities of the volumes of each file, as the dataset's dataset.json names them.
 
@@ -290,21 +280,13 @@ def _channels(spec: DatasetSpec, channels: ChannelNames, root: Path) -> tuple[st
     return tuple(known[name.casefold()] for name in ordered)
 
 
-def _paths(spec: DatasetSpec, group: ImageGroup, root: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """What the globs or the table of a group find, relative to the root, with cells of the table.
-
-    In the order of the globs, then by path; a path that several globs match comes several times.
-    """
+def _paths(spec: DatasetSpec, group: ImageGroup, root: Path) -> Iterator[tuple[int, str, Mapping[str, str]]]:
+    """What globs or table of a group find: number of the glob, path below the root, cells of the table."""
     if group.table is not None:
-        yield from sorted(_listed(spec, group.table, root).items())
-    found = [path for glob in group.globs for path in sorted(_relative(root, _glob(root, glob)))]
-    # Some unpackers make a folder x.nii with x.nii in it: no image but the one inside.
-    folders = {path.rpartition("/")[0] for path in found}
-    yield from ((path, {}) for path in found if path not in folders)
-
-
-def _relative(root: Path, paths: Iterable[Path]) -> Iterator[str]:
-    return (path.relative_to(root).as_posix() for path in paths)
+        yield from ((0, path, cells) for path, cells in _listed(spec, group.table, root))
+    for number, glob in enumerate(group.globs):
+        for path in _glob(root, glob):
+            yield number, path.relative_to(root).as_posix(), {}
 
 
 def _glob(root: Path, glob: str) -> Iterator[Path]:
@@ -354,11 +336,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Names in a folder but hidden ones, as archives made on a Mac bring them along (`._x`, `__MACOSX`)."""
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+            yield from (entry for entry in entries if not entry.name.startswith((".", "__MACOSX")))
     except OSError as error:
         raise SetupError(f"Cannot list the folder {folder}: {error.strerror}.") from error
 
@@ -367,11 +349,12 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _listed(spec: DatasetSpec, table: Table, root: Path) -> dict[str, dict[str, str]]:
+def _listed(spec: DatasetSpec, table: Table, root: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Folders that the rows of a dataset's table name and that are there, each with its cells."""
     files = sorted({file for glob in table.files for file in _glob(root, glob)})
     if not files:
         raise SetupError(f"{spec.id}: {root} has no {' or '.join(table.files)}. {_expected(spec)}")
+    # A table has a row a series, far fewer than there are files.
     listed: dict[str, dict[str, str]] = {}
     folder_of: dict[str, str] = {}
     for file in files:
@@ -381,13 +364,14 @@ def _listed(spec: DatasetSpec, table: Table, root: Path) -> dict[str, dict[str, 
                 listed.pop(earlier, None)
             folder_of[series] = folder
             listed[folder] = cells
-    present = {
-        folder: cells for folder, cells in listed.items() if _leads_out(folder) or (root / folder).is_dir()
-    }
-    if len(present) < len(listed):
-        missing = len(listed) - len(present)
+    missing = 0
+    for folder, cells in listed.items():
+        if _leads_out(folder) or (root / folder).is_dir():
+            yield folder, cells
+        else:
+            missing += 1
+    if missing:
         _log.warning("%s: %d of %d listed series are not there.", spec.id, missing, len(listed))
-    return present
 
 
 def _rows(spec: DatasetSpec, table: Table, root: Path, file: Path) -> Iterator[tuple[str, dict[str, str], str]]:

@@ -119,14 +119,14 @@ def forecast(spec: DatasetSpec, raw: Path, corpus: Corpus, speeds: Speeds) -> Fo
         except SetupError as error:
             problem = str(error)
         else:
-            state = "on disk" if len(plan.pending) == len(plan.found) else "part ingested"
+            state = "on disk" if plan.pending == plan.found else "part ingested"
             if not plan.pending:
                 state = "ingested"
             raw_bytes, missing = Figure(_size(root), "on disk"), 0.0
-            images = Figure(len(plan.found), "on disk")
-            modalities = dict(Counter(source.modality.split("/")[0] for source in plan.found))
-            da_levels = {FLAT_LEVEL: flat} if (flat := sum(one.dimension == 2 for one in plan.found)) else {}
-            everything, pending = _sizes(plan.found), _sizes(plan.pending)
+            images = Figure(plan.found, "on disk")
+            modalities = dict(Counter(source.modality.split("/")[0] for source in plan.sources))
+            da_levels = {FLAT_LEVEL: flat} if (flat := sum(one.dimension == 2 for one in plan.sources)) else {}
+            everything, pending = _sizes(plan.sources), _sizes(plan.sources.still_to_do())
             prepared = Figure(speeds.prepared(everything), "estimated")
     elif raw_bytes is not None:
         # The publisher does not tell how much of it is labels: this is rather too much than too little.
@@ -228,9 +228,10 @@ def _ingested(
 ) -> tuple[Figure, Figure, dict[str, float | None], dict[int, float]] | None:
     """What the catalog says of a dataset that is in it."""
     from catalog.query import load_catalog
-    from catalog.stats import AUDIT_COLUMNS, summarise
+    from catalog.stats import summarise
+    from catalog.survey import SURVEY_COLUMNS
 
-    table = load_catalog(corpus, columns=AUDIT_COLUMNS, datasets=[spec.id], status=None)
+    table = load_catalog(corpus, columns=SURVEY_COLUMNS, datasets=[spec.id], status=None)
     by_modality = summarise(table, ["modality"]).to_pylist()
     if not by_modality:
         return None
@@ -244,11 +245,11 @@ def _ingested(
 
 
 def _sizes(sources: Iterable[Any]) -> dict[FileKind, float]:
-    from ingest.task import stamp_of
+    from ingest.journal import Stamp
 
     sizes: Counter[FileKind] = Counter()
     for source in sources:
-        sizes[kind_of_source(source)] += max(stamp_of(source).size, 0)
+        sizes[kind_of_source(source)] += max(Stamp.if_any(source.file).size, 0)
     return dict(sizes)
 
 

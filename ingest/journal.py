@@ -1,17 +1,24 @@
 """What ingest has done, kept outside the catalog: tasks write records, and a run merges them.
 
-A worker finishes a task by renaming one record into place, after its shards are complete. Merging moves the
-records into the catalog. Both steps can be repeated, so a run may be killed anywhere and started again.
+A worker finishes a task by renaming one record into the folder of its run, after its shards are complete.
+Merging moves the records into the catalog. Both steps can be repeated, so a run may be killed anywhere and
+started again. The next run moves the folder away first: a worker that outlived its run finds no place to
+write to, and stops.
 The journal may hold times (a rerun skips by size and mtime); the catalog may not.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
+import secrets
 import shutil
+import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +30,12 @@ import pyarrow.parquet as pq
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA
-from catalog.write import merge_dataset, write_table
+from catalog.scratch import NameSet, scratch_database
+from catalog.write import merge_batches, write_table
+from ingest.ledger import update_ledger
 from shards.layout import dataset_folder
+
+_log = logging.getLogger(__name__)
 
 _DETACHED = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz", ".raw.bz2")}
 """Suffix of a header -> usual suffixes of its voxels' file."""
@@ -34,14 +45,18 @@ _STAMP_FIELDS = [
     pa.field("stamp_files", pa.int64(), nullable=False),
 ]
 _RECORD_SCHEMA = pa.schema([*CATALOG_SCHEMA, pa.field("preview", pa.binary()), *_STAMP_FIELDS])
-_DONE_SCHEMA = pa.schema(
-    [
-        *(CATALOG_SCHEMA.field(name) for name in ("source_path", "entry_hash", "normalisation_version")),
-        pa.field("failed", pa.bool_(), nullable=False),
-        *_STAMP_FIELDS,
-    ]
-)
-_PACK_SCHEMA = pa.schema([pa.field("source_path", pa.string()), pa.field("pack", pa.int32())])
+_DONE_COLUMNS = [
+    "source_path",
+    *(field.name for field in _STAMP_FIELDS),
+    "entry_hash",
+    "normalisation_version",
+    "status",
+]
+_PRESENCE = ".running"
+"""File in the folder of a run that every task in progress holds locked."""
+_ROWS_AT_ONCE = 1 << 12
+_DRAIN_SECONDS = 120
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,15 +82,17 @@ class Stamp:
         times = sum(status.st_mtime_ns for status in stats) % (1 << 63)
         return cls(sum(status.st_size for status in stats), times, len(stats))
 
+    @classmethod
+    def if_any(cls, path: Path) -> Stamp:
+        """Stamp of a source; of one that cannot be listed, a stamp that equals no real one."""
+        try:
+            return cls.of(path)
+        except OSError:
+            return cls(-1, 0, 0)
 
-@dataclass(frozen=True)
-class Done:
-    """An earlier result for one source."""
 
-    stamp: Stamp
-    entry_hash: str
-    normalisation_version: int
-    failed: bool
+class RunEndedError(OSError):
+    """The folder of a task's run is gone: the run has ended, or this machine does not see the corpus."""
 
 
 class Journal:
@@ -93,7 +110,7 @@ class Journal:
         Raises SetupError when another process holds it.
         """
         corpus_private = self.corpus.private
-        self._tasks.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         corpus_private.chmod(0o700)
         with (self.folder / "lock").open("w") as handle:
             try:
@@ -105,13 +122,63 @@ class Journal:
                 ) from error
             yield
 
-    def record(self, task: str, rows: Sequence[Mapping[str, Any]], stamps: Mapping[str, Stamp]) -> None:
+    @contextmanager
+    def run(self) -> Iterator[str]:
+        """The name of a new run, whose tasks may record until the block ends. To be entered under the lock.
+
+        What an earlier run left is closed to its workers before, and merged.
+        """
+        self.close_runs()
+        self.merge()
+        run = secrets.token_hex(4)
+        (self._runs / run).mkdir(parents=True)
+        (self._runs / run / _PRESENCE).touch()
+        try:
+            yield run
+        finally:
+            self.close_runs(wait=False)
+            self.merge()
+
+    def close_runs(self, wait: bool = True) -> None:
+        """Take the folders of all runs out of reach of their workers.
+
+        Args:
+            wait: until the tasks in progress have noticed and stopped, but no longer than two minutes: what a
+                worker that hangs may still write is harmless, an array without a row.
+        """
+        self._closed.mkdir(parents=True, exist_ok=True)
+        for folder in self._folders(self._runs):
+            folder.rename(self._closed / folder.name)
+        for folder in self._folders(self._closed) if wait else ():
+            _wait_until_free(folder / _PRESENCE, f"{self.dataset}: waiting for workers of an earlier run")
+
+    @contextmanager
+    def taking_part(self, run: str) -> Iterator[None]:
+        """A task in progress: what `close_runs` waits for. RunEndedError if the run is closed."""
+        self.check_open(run)
+        with (self._runs / run / _PRESENCE).open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            self.check_open(run)
+            yield
+
+    def check_open(self, run: str) -> None:
+        """Raises RunEndedError if the run is closed."""
+        if not (self._runs / run).is_dir():
+            raise RunEndedError(errno.ENOENT, "the run has ended", str(self._runs / run))
+
+    def record(
+        self, run: str, task: str, rows: Sequence[Mapping[str, Any]], stamps: Mapping[str, Stamp]
+    ) -> None:
         """Write the outcome of a task whole or not at all.
 
         Args:
+            run: name of the run.
             task: name of the task; the same task overwrites its own record.
             rows: catalog rows, each with a `preview` (PNG bytes or None).
             stamps: per source path, taken before the source was read.
+
+        Raises:
+            RunEndedError: the run is closed; nothing is written.
         """
         complete = [
             dict(row)
@@ -122,71 +189,80 @@ class Journal:
             }
             for row in rows
         ]
-        write_table(self._tasks / f"{task}.parquet", pa.Table.from_pylist(complete, schema=_RECORD_SCHEMA))
+        try:
+            write_table(
+                self._runs / run / f"{task}.parquet", pa.Table.from_pylist(complete, schema=_RECORD_SCHEMA)
+            )
+        except FileNotFoundError:
+            self.check_open(run)
+            raise
 
     def merge(self) -> None:
-        """Move all records into previews, catalog and the list of what is done, then delete them."""
-        # Half-written records begin with a dot; the same task will overwrite them.
-        files = sorted(self._tasks.glob("[!.]*.parquet"))
-        if not files:
-            return
-        records = pa.concat_tables([pq.read_table(file, schema=_RECORD_SCHEMA) for file in files])
-        previews = records.filter(pc.is_valid(records["preview"])).select(PREVIEW_SCHEMA.names)
-        merge_dataset(
-            self.corpus,
-            self.dataset,
-            records.select(CATALOG_SCHEMA.names),
-            previews,
-            reread=set(records["source_path"].to_pylist()),
-        )
-
-        latest = {row["source_path"]: row for row in self._done_rows()}
-        failed: set[str] = set()
-        for row in records.select([*_DONE_SCHEMA.names[:3], "status", *_DONE_SCHEMA.names[4:]]).to_pylist():
-            if row.pop("status") == "failed":
-                failed.add(row["source_path"])
-            latest[row["source_path"]] = row | {"failed": row["source_path"] in failed}
-        done = [latest[path] for path in sorted(latest)]
-        write_table(self._done_file, pa.Table.from_pylist(done, schema=_DONE_SCHEMA))
-        for file in files:
-            file.unlink()
+        """Move all records into previews, catalog and the ledger of what is done, then delete them."""
+        with closing(scratch_database()) as database:
+            # Half-written records begin with a dot.
+            database.executescript(
+                "CREATE TABLE record (file TEXT PRIMARY KEY); BEGIN;"
+                "CREATE TABLE done (path TEXT PRIMARY KEY, stamp_bytes, stamp_mtime_ns, stamp_files,"
+                " entry_hash, normalisation_version, failed) WITHOUT ROWID;"
+            )
+            database.executemany("INSERT INTO record VALUES (?)", ((file,) for file in self._records()))
+            if database.execute("SELECT EXISTS (SELECT 1 FROM record)").fetchone() == (1,):
+                merge_batches(self.corpus, self.dataset, self._batches(database))
+                update_ledger(self.ledger_file, database.execute("SELECT * FROM done"))
+                for (file,) in database.execute("SELECT file FROM record"):
+                    Path(file).unlink()
+        for folder in self._folders(self._closed):
+            shutil.rmtree(folder)
 
     def unmerged(self) -> int:
         """Number of records that wait for a merge, which only a stopped run leaves."""
-        return sum(1 for _ in self._tasks.glob("[!.]*.parquet"))
+        return sum(1 for _ in self._records())
 
-    def done(self) -> dict[str, Done]:
-        """Earlier results by source path."""
-        return {
-            row["source_path"]: Done(
-                Stamp(row["stamp_bytes"], row["stamp_mtime_ns"], row["stamp_files"]),
-                row["entry_hash"],
-                row["normalisation_version"],
-                row["failed"],
-            )
-            for row in self._done_rows()
-        }
+    def _records(self) -> Iterator[str]:
+        return (
+            entry.path
+            for above in (self._closed, self._runs)
+            for folder in self._folders(above)
+            for entry in os.scandir(folder)
+            if entry.name.endswith(".parquet") and not entry.name.startswith(".")
+        )
 
-    def packs(self, paths: Sequence[str], pack_size: int) -> dict[str, int]:
-        """Pack number of every 2-D source, fixed when it is first discovered.
+    def _batches(self, database: sqlite3.Connection) -> Iterator[tuple[pa.Table, pa.Table, list[str]]]:
+        """Rows, previews and source paths of the records, some at a time.
 
-        Membership follows the sorted list of discovered sources, whatever part of it a call ingests, so
-        that a killed run ends with the same packs. Sources discovered later open new packs.
+        Where two records speak of one source, as those of a pack and of its half can, the later by name does.
         """
-        file = self._packs_file
-        known: dict[str, int] = {}
-        if file.exists():
-            table = pq.read_table(file, schema=_PACK_SCHEMA)
-            known = dict(zip(table["source_path"].to_pylist(), table["pack"].to_pylist(), strict=True))
-        new = sorted(set(paths) - known.keys())
-        if new:
-            first = max(known.values(), default=-1) + 1
-            known |= {path: first + position // pack_size for position, path in enumerate(new)}
-            columns = {"source_path": list(known), "pack": list(known.values())}
-            write_table(file, pa.table(columns, schema=_PACK_SCHEMA))
-        return known
+        held: list[pa.Table] = []
+        for (file,) in database.execute("SELECT file FROM record ORDER BY file DESC"):
+            table = pq.read_table(file, schema=_RECORD_SCHEMA)
+            told: dict[str, tuple[Any, ...]] = {}
+            for path, *facts, status in zip(*(table[name].to_pylist() for name in _DONE_COLUMNS), strict=True):
+                failed = status == "failed" or (path in told and told[path][-1])
+                told[path] = (path, *facts, failed)
+            new = {
+                path
+                for path, row in told.items()
+                if database.execute("INSERT OR IGNORE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount
+            }
+            if len(new) < len(told):
+                table = table.filter(pc.is_in(table["source_path"], pa.array(new, pa.string())))
+            held.append(table)
+            if sum(map(len, held)) >= _ROWS_AT_ONCE:
+                yield _parts(held)
+                held = []
+        yield _parts(held)
 
-    def remove_unreferenced_shards(self, referenced: set[str]) -> None:
+    def ensure_ledger(self) -> None:
+        """Make an empty ledger where there is none."""
+        if not self.ledger_file.exists():
+            update_ledger(self.ledger_file, [])
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.folder / "ledger.sqlite"
+
+    def remove_unreferenced_shards(self, referenced: NameSet) -> None:
         """Delete arrays of this dataset that no catalog row names: left by a killed run or replaced.
 
         Args:
@@ -195,27 +271,48 @@ class Journal:
         folder = self.corpus.shards_folder / dataset_folder(self.dataset)
         if not folder.is_dir():
             return
-        for array in folder.iterdir():
-            if f"{folder.name}/{array.name}" not in referenced:
-                shutil.rmtree(array) if array.is_dir() else array.unlink()
+        with os.scandir(folder) as arrays:
+            for array in arrays:
+                if f"{folder.name}/{array.name}" not in referenced:
+                    shutil.rmtree(array.path) if array.is_dir() else Path(array.path).unlink()
 
     def kept_files(self) -> list[Path]:
         """What a run needs to know of earlier ones, between runs."""
-        return [self._done_file, self._packs_file]
+        return [self.ledger_file]
 
     @property
-    def _packs_file(self) -> Path:
-        return self.folder / "packs.parquet"
-
-    @property
-    def _tasks(self) -> Path:
+    def _runs(self) -> Path:
         return self.folder / "tasks"
 
     @property
-    def _done_file(self) -> Path:
-        return self.folder / "done.parquet"
+    def _closed(self) -> Path:
+        return self.folder / "closed"
 
-    def _done_rows(self) -> list[dict[str, Any]]:
-        if not self._done_file.exists():
-            return []
-        return pq.read_table(self._done_file, schema=_DONE_SCHEMA).to_pylist()  # type: ignore[no-any-return]
+    @staticmethod
+    def _folders(above: Path) -> list[Path]:
+        return sorted(path for path in above.iterdir() if path.is_dir()) if above.is_dir() else []
+
+
+def _parts(records: list[pa.Table]) -> tuple[pa.Table, pa.Table, list[str]]:
+    table = pa.concat_tables([_RECORD_SCHEMA.empty_table(), *records])
+    previews = table.filter(pc.is_valid(table["preview"])).select(PREVIEW_SCHEMA.names)
+    return table.select(CATALOG_SCHEMA.names), previews, table["source_path"].unique().to_pylist()
+
+
+def _wait_until_free(file: Path, message: str) -> None:
+    """Wait until nobody holds a file locked, for a while; the kernel frees the lock of who dies."""
+    if not file.exists():
+        return
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    told = False
+    with file.open("a") as handle:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    _log.warning(message)
+                    told = True
+                time.sleep(_POLL_SECONDS)
+            else:
+                return

@@ -17,7 +17,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from catalog.errors import SetupError
@@ -45,18 +45,28 @@ class RawFolder:
     folder: Path
     """The user's own, or the outline of `origin`."""
     origin: RemotePath | None = None
+    tops: tuple[RemotePath, ...] = ()
+    """What lies directly below `origin`."""
+    _outlined: set[str] = field(default_factory=set)
+    """Folders directly below `folder`, and ids of datasets, that are complete."""
+
+    @property
+    def place(self) -> Location:
+        """What the user knows it by."""
+        return self.folder if self.origin is None else self.origin
 
     def outline(self, spec: DatasetSpec) -> None:
         """Make the outline of a dataset. Of a folder, nothing is to be done.
 
         Raises SetupError if names of objects cannot be those of files, StoreError as the store does.
         """
-        if self.origin is None:
+        if self.origin is None or spec.id in self._outlined:
             return
         wanted = {name.split("/")[0].casefold() for name in (spec.id, spec.folder)}
-        for top in self.origin.iterdir():
-            if top.name.casefold() in wanted:
+        for top in self.tops:
+            if top.name.casefold() in wanted and f"{top.name}/" not in self._outlined:
                 self._outline(top)
+                self._outlined.add(f"{top.name}/")
         for root in existing_roots(spec, self.folder):
             place = self.origin_of(root)
             files = files_opened(spec, root)
@@ -65,6 +75,7 @@ class RawFolder:
             for file in files:
                 with _times_kept(file):
                     (place / file.relative_to(root).as_posix()).download(file)
+        self._outlined.add(spec.id)
 
     def origin_of(self, root: Path) -> RemotePath:
         """Where the objects lie that a folder outlines."""
@@ -118,7 +129,7 @@ def raw_folder(place: Location) -> Iterator[RawFolder]:
         lock = stack.enter_context((home / f"{folder.name}.lock").open("w"))
         stack.callback((home / f"{folder.name}.lock").unlink)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        raw = RawFolder(folder, place)
+        raw = RawFolder(folder, place, tuple(place.iterdir()))
         with suppress(FileNotFoundError):
             (place / own_file(folder).name).download(own_file(folder))
         yield raw

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from catalog.corpus import Corpus
-from ingest.discover import find_sources
+from ingest.found import find_sources
 from ingest.source import ImageSource
 from ingest.spec import DatasetSpec, ImageGroup
 
@@ -56,7 +56,8 @@ def measure(kind: FileKind) -> Speed:
     The image is smooth with noise, as scans are. Compressed DICOM takes up to ten times as long as the
     uncompressed series that is measured here.
     """
-    from ingest.task import IngestTask, run_task, stamp_of
+    from ingest.journal import Journal, Stamp
+    from ingest.task import IngestTask, Place, run_task
 
     with tempfile.TemporaryDirectory(prefix="pumit-probe-") as place:
         root = Path(place) / "raw"
@@ -66,12 +67,24 @@ def measure(kind: FileKind) -> Speed:
         seconds, corpus = 0.0, Corpus(Path(place))
         for name in ("warm", "timed"):  # the first run loads libraries
             corpus = Corpus(Path(place) / name)
-            begin = time.process_time()
-            outcomes = run_task(IngestTask(name, "probe", corpus, (source,), frozenset(), "probe"))
-            seconds = time.process_time() - begin
+            with Journal(corpus, source.dataset).run() as run:
+                task = IngestTask(
+                    name=name,
+                    run=run,
+                    dataset=source.dataset,
+                    corpus=corpus,
+                    root=root,
+                    kinds=(source,),
+                    places=(Place(source.path, source.key, source.subject, kind=0),),
+                    validation_subjects=frozenset(),
+                    entry_hash="probe",
+                )
+                begin = time.process_time()
+                outcomes = run_task(task).outcomes
+                seconds = time.process_time() - begin
             if set(outcomes) != {("ingested", "")}:
                 raise AssertionError(f"the generated {kind} image came out as {dict(outcomes)}")
-        size = stamp_of(source).size
+        size = Stamp.of(source.file).size
         prepared = sum(path.stat().st_size for path in corpus.shards_folder.rglob("*") if path.is_file())
         return Speed(size / seconds, prepared / size)
 

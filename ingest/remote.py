@@ -17,13 +17,12 @@ from catalog.corpus import Corpus
 from catalog.durable import replacing
 from catalog.manifest import read_manifest
 from catalog.remote import local_folder
+from catalog.scratch import NameSet
 from catalog.store import Location, RemotePath, StoreError
 from ingest.journal import Journal
 from ingest.lease import Lease, lease
 from ingest.names import copy_key
 from shards.layout import METADATA_FILE, dataset_folder
-
-_STATE = ("XDG_STATE_HOME", "~/.local/state")
 
 
 @contextmanager
@@ -42,17 +41,24 @@ def working_copy(place: Location, datasets: Sequence[str], *, write: bool) -> It
     if not write:
         with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
             corpus = Corpus(Path(folder), origin=place)
-            copy_key(Corpus(local_folder(place, *_STATE)), corpus)
+            copy_key(kept_copy(place), corpus)
             for dataset in datasets:
                 _fetch(corpus, place, dataset)
             yield corpus
         return
-    corpus = Corpus(local_folder(place, *_STATE), origin=place)
+    corpus = kept_copy(place)
     with ExitStack() as stack:
         for dataset in sorted(set(datasets)):
             held = stack.enter_context(lease(place, dataset, corpus.private / "leases"))
             stack.enter_context(_published(corpus, place, dataset, held))
         yield corpus
+
+
+def kept_copy(place: Location) -> Corpus:
+    """This machine's working copy between runs, with their logs; of a corpus in a folder, that itself."""
+    if isinstance(place, Path):
+        return Corpus(place)
+    return Corpus(local_folder(place, "XDG_STATE_HOME", "~/.local/state"), origin=place)
 
 
 @contextmanager
@@ -114,6 +120,7 @@ def _fetch(corpus: Corpus, place: RemotePath, dataset: str) -> None:
         corpus.next_manifest_file(dataset),
     ]
     for file in (*published, *Journal(corpus, dataset).kept_files(), corpus.manifest_file(dataset)):
+        file.parent.mkdir(parents=True, exist_ok=True)
         # Of a dataset that has just begun, some are not there.
         with suppress(FileNotFoundError), replacing(file) as temporary:
             (place / corpus.name_of(file)).download(temporary)
@@ -127,12 +134,13 @@ def _discard(corpus: Corpus, dataset: str) -> None:
 
 def _remove_unreferenced(corpus: Corpus, place: RemotePath, dataset: str) -> None:
     """Delete arrays that no row of the published catalog names: left by a killed run or replaced."""
-    from catalog.query import load_catalog
+    from catalog.query import read_batches, remedy_of
 
     if not corpus.catalog_file(dataset).is_file():
         return
-    table = load_catalog(corpus, columns=["shard_path"], datasets=[dataset], status=None)
-    referenced = set(table["shard_path"].to_pylist())
+    referenced = NameSet()
+    for table in read_batches(corpus.catalog_file(dataset), remedy_of(dataset), ["shard_path"]):
+        referenced.add(table["shard_path"].drop_null().to_pylist())
     folder = place / "shards" / dataset_folder(dataset)
     for item in folder.walk():
         array, _, name = item.name.rpartition("/")
@@ -156,6 +164,7 @@ def _remember(corpus: Corpus, dataset: str) -> None:
     if known is None:
         _base_file(corpus, dataset).unlink(missing_ok=True)
         return
+    _base_file(corpus, dataset).parent.mkdir(parents=True, exist_ok=True)
     with replacing(_base_file(corpus, dataset)) as temporary:
         temporary.write_bytes(known)
 

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,14 @@ from catalog.manifest import (
     settle,
     surviving_digests,
 )
-from ingest.discover import dataset_root, find_sources
+from catalog.scratch import NameSet
+from ingest.discover import dataset_root
 from ingest.findings import Finding, Verification
+from ingest.found import FoundSources
 from ingest.journal import Journal
+from ingest.ledger import done_paths
 from ingest.names import name_key
-from ingest.run import IngestPlan, IngestReport
+from ingest.run import IngestPlan, IngestReport, planned
 from ingest.source import ImageSource
 
 if TYPE_CHECKING:
@@ -185,16 +188,16 @@ class _Mender:
             for field in table.schema
         ]
         as_written = table.cast(pa.schema(fields, metadata=table.schema.metadata))
-        return digest_when_written(forms[path](self._corpus, self._dataset, as_written))
+        # An older version wrote its own columns.
+        form = forms[path](self._corpus, self._dataset, [as_written])
+        return digest_when_written(replace(form, schema=as_written.schema))
 
     def _redraw(self) -> list[str]:
         from catalog.split import hold_out
 
         split = self._corpus.split_file(self._dataset)
         expected = accepted_digests(self._corpus, self._dataset).get(self._name(split), set())
-        subjects: dict[str, set[str]] = defaultdict(set)
-        for source in self._plan().found:
-            subjects[source.modality].add(source.subject)
+        subjects = self._sources().subjects()
         with tempfile.TemporaryDirectory(dir=self._journal.folder) as folder:
             scratch = Corpus(Path(folder))
             hold_out(scratch, self._dataset, subjects)
@@ -227,7 +230,9 @@ class _Mender:
             # An array that no row named when it was looked at may have got one since, by the merge.
             if finding.kind == "stray" and path.exists() and (inside_an_array or path.is_file()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._journal.remove_unreferenced_shards(referenced)
+        kept = NameSet()
+        kept.add(referenced)
+        self._journal.remove_unreferenced_shards(kept)
 
     def _with_hashes(self, table: pa.Table) -> pa.Table:
         """The catalog with the sha256 of arrays that were written before it was recorded, and are sound."""
@@ -257,7 +262,7 @@ class _Mender:
         sealed = table.set_column(position, table.schema.field(position), pa.array(hashes, pa.string())).cast(
             CATALOG_SCHEMA
         )
-        publish(self._corpus, self._dataset, [catalog_file(self._corpus, self._dataset, sealed)])
+        publish(self._corpus, self._dataset, [catalog_file(self._corpus, self._dataset, [sealed])])
         return sealed
 
     def _rewrite(self, table: pa.Table, arrays: set[str]) -> tuple[set[str], list[str]]:
@@ -282,8 +287,8 @@ class _Mender:
         rows: dict[str, list[Row]] = defaultdict(list)
         for row in chosen.to_pylist():
             rows[row["shard_path"]].append(row)
-        plan = self._plan()
-        found = {source.public_path: source for source in plan.found}
+        sources = self._sources()
+        found = {source.public_path: source for source in sources}
         unfit: set[str] = set()
         problems = []
         jobs = {}
@@ -297,17 +302,17 @@ class _Mender:
                     continue
                 if gone := sorted({row["source_path"] for row in members} - found.keys()):
                     problems.append(
-                        f"shards/{path} cannot be made anew: {gone[0]} is no more below {plan.root}."
+                        f"shards/{path} cannot be made anew: {gone[0]} is no more below {sources.root}."
                     )
                     continue
-                sources = [found[name] for name in dict.fromkeys(row["source_path"] for row in members)]
-                jobs[path] = pool.submit(remake_array, self._corpus, members, sources)
+                origins = [found[name] for name in dict.fromkeys(row["source_path"] for row in members)]
+                jobs[path] = pool.submit(remake_array, self._corpus, members, origins)
             for path, job in jobs.items():
                 if problem := job.result():
                     problems.append(f"shards/{path} cannot be made anew: {problem}")
         return unfit, problems
 
-    def _plan(self) -> IngestPlan:
+    def _sources(self) -> FoundSources:
         if self._spec is None:
             raise SetupError(
                 f"{self._dataset}: no datasets.yaml has this entry, so its images cannot be found. Give --raw "
@@ -315,7 +320,13 @@ class _Mender:
             )
         root = dataset_root(self._spec, self._raw)
         names = name_key(self._corpus) if self._spec.private_names else None
-        return IngestPlan(self._spec, root, find_sources(self._spec, root, names), [], [])
+        return FoundSources(self._spec, root, names)
+
+    def _planned(self, paths: Collection[str]) -> IngestPlan:
+        """The plan of a call that ingests the sources of these paths and no others."""
+        sources = self._sources()
+        sources.select_paths(paths)
+        return planned(sources.spec, self._corpus, sources)
 
     def _placement(self) -> pa.Table | None:
         """Which source lies in which array, if a damaged catalog can still tell."""
@@ -328,25 +339,24 @@ class _Mender:
 
     def _plan_whole(self, placement: pa.Table | None) -> list[IngestPlan]:
         """Take the damaged catalog away, if all it held can be ingested again, call by call as it was."""
-        plan, done = self._plan(), self._journal.done()
-        gone = sorted(done.keys() - {source.public_path for source in plan.found})
+        sources, done = self._sources(), done_paths(self._journal.ledger_file)
+        gone = sorted(done - {source.public_path for source in sources})
         if gone or not done:
             what = (
                 f"{len(gone)} of its sources, such as {gone[0]}, are" if gone else "the list of what it held is"
             )
-            where = plan.root if gone else self._journal.folder
+            where = sources.root if gone else self._journal.folder
             raise SetupError(
                 f"{self._dataset}: the catalog is damaged, and {what} not in {where}, so it cannot be made "
                 "anew as it was. Restore its files from a copy, or delete them and ingest what there is."
             )
         for path in self._files()[:2]:
             path.unlink(missing_ok=True)
-        calls: dict[int, list[ImageSource]] = defaultdict(list)
+        calls: dict[int, list[str]] = defaultdict(list)
         numbers = calls_of(placement) if placement is not None else {}
-        for source in plan.found:
-            if source.public_path in done:
-                calls[numbers.get(source.public_path, 0)].append(source)
-        return [replace(plan, selected=calls[number], pending=calls[number]) for number in sorted(calls)]
+        for name in done:
+            calls[numbers.get(name, 0)].append(name)
+        return [self._planned(calls[number]) for number in sorted(calls)]
 
     def _plan_rows(self, table: pa.Table, keys: set[str]) -> list[IngestPlan]:
         """Take rows that are wrong, and their arrays, away, if they can be ingested again."""
@@ -358,11 +368,11 @@ class _Mender:
         if not keys:
             return []
         paths = set(table.filter(pc.is_in(table["key"], pa.array(sorted(keys))))["source_path"].to_pylist())
-        plan = self._plan()
-        chosen = [source for source in plan.found if source.public_path in paths]
-        if len(chosen) != len(paths):
+        sources = self._sources()
+        there = sources.select_paths(paths)
+        if there != len(paths):
             raise SetupError(
-                f"{self._dataset}: {len(paths) - len(chosen)} sources of wrong rows are not below {plan.root} "
+                f"{self._dataset}: {len(paths) - there} sources of wrong rows are not below {sources.root} "
                 "any more. Put them back, or restore the corpus from a copy."
             )
         concerned = table.filter(pc.is_in(table["source_path"], pa.array(sorted(paths))))
@@ -371,7 +381,7 @@ class _Mender:
         shared = set(others["shard_path"].to_pylist())
         for path in set(concerned["shard_path"].to_pylist()) - {None} - shared:
             shutil.rmtree(self._corpus.shards_folder / path, ignore_errors=True)
-        return [replace(plan, selected=chosen, pending=chosen)]
+        return [planned(sources.spec, self._corpus, sources)]
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._corpus.root).as_posix()

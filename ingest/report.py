@@ -10,35 +10,62 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from ingest.run import IngestPlan, IngestReport, Outcomes
+from ingest.estimate import Estimate
+from ingest.run import IngestPlan, IngestReport
+from ingest.runs import duration
+from ingest.task import Outcomes
 
 _SHOWN_FAILURES = 10
 
 
-def plans_as_json(plans: Sequence[IngestPlan]) -> list[dict[str, Any]]:
-    """Counts of sources (files and series) and bytes, one entry a dataset."""
+def plans_as_json(plans: Sequence[IngestPlan], estimates: Sequence[Estimate]) -> list[dict[str, Any]]:
+    """Counts of sources (files and series), bytes and estimated time and disk, one entry a dataset."""
     return [
         {
             "dataset": plan.spec.id,
             "folder": str(plan.origin or plan.root),
-            "found": len(plan.found),
-            "selected": len(plan.selected),
-            "pending": len(plan.pending),
+            "found": plan.found,
+            "selected": plan.selected,
+            "pending": plan.pending,
             "pending_bytes": plan.pending_bytes,
+            "estimated_seconds": expected.seconds,
+            "estimated_bytes": expected.stored_bytes,
+            "estimate_basis": expected.basis,
         }
-        for plan in plans
+        for plan, expected in zip(plans, estimates, strict=True)
     ]
 
 
-def render_plans(plans: Sequence[IngestPlan], console: Console) -> None:
-    """Print what a dry run found."""
-    table = _table(
-        "Dry run", "dataset", "folder", "files or series", "selected", "done before", "to do", "size"
+def render_plans(plans: Sequence[IngestPlan], estimates: Sequence[Estimate], console: Console) -> None:
+    """Print what a dry run found, and what it expects."""
+    columns = (
+        "dataset",
+        "folder",
+        "files or series",
+        "selected",
+        "done before",
+        "to do",
+        "size",
+        "time",
+        "disk",
     )
-    for row in plans_as_json(plans):
+    table = _table("Dry run", *columns)
+    for row in plans_as_json(plans, estimates):
         counts = (row["found"], row["selected"], row["selected"] - row["pending"], row["pending"])
-        table.add_row(row["dataset"], escape(row["folder"]), *map(str, counts), decimal(row["pending_bytes"]))
+        table.add_row(
+            row["dataset"],
+            escape(row["folder"]),
+            *map(str, counts),
+            decimal(row["pending_bytes"]),
+            duration(row["estimated_seconds"]),
+            decimal(round(row["estimated_bytes"])),
+        )
     console.print(table)
+    for basis in dict.fromkeys(expected.basis for expected in estimates):
+        ids = ", ".join(
+            plan.spec.id for plan, expected in zip(plans, estimates, strict=True) if expected.basis == basis
+        )
+        console.print(f"Time and disk of {ids} are estimated from {basis}.", markup=False)
 
 
 def reports_as_json(reports: Sequence[IngestReport]) -> list[dict[str, Any]]:
@@ -78,7 +105,8 @@ def render_reports(reports: Sequence[IngestReport], console: Console) -> None:
         for message in report.messages[:_SHOWN_FAILURES]:
             console.print(f"  {message}", markup=False)
         if len(report.messages) > _SHOWN_FAILURES:
-            console.print(f"  and {len(report.messages) - _SHOWN_FAILURES} more: --json lists them all")
+            failed = by_status(report.total)["failed"]
+            console.print(f"  and {failed - _SHOWN_FAILURES} more: --json lists the first 1,000 by key")
 
 
 def by_status(outcomes: Outcomes) -> dict[str, int]:

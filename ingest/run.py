@@ -2,56 +2,72 @@
 
 `discovered = ingested + excluded + failed` holds per dataset at the end of every run, also of one that was
 interrupted: what was not reached has no row, and the next run finds it.
+
+The driver holds no list that grows with the number of images: sources, what is done and packs lie in SQLite,
+records are merged in a stream, and a few tasks are in flight.
 """
 
 from __future__ import annotations
 
 import errno
 import re
-from collections import Counter, defaultdict
+import sqlite3
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
+from catalog.scratch import NameSet
 from catalog.store import RemotePath, StoreError
-from ingest.discover import dataset_root, find_sources
+from ingest.discover import dataset_root
+from ingest.drive import run_tasks
+from ingest.found import FoundSources, Group
 from ingest.journal import Journal
+from ingest.ledger import as_known_error
 from ingest.names import NameKey
-from ingest.source import ImageSource
+from ingest.runs import run_log
 from ingest.spec import DatasetSpec
-from ingest.task import IngestTask, halves, record_lost_task, run_task, stamp_of, task_name
+from ingest.task import IngestTask, Outcomes, TaskResult, task_name
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Client
 
-Outcomes = Counter[tuple[str, str]]
-"""Number of images by (status, reason)."""
+_VOLUMES_AT_ONCE = 64
+"""So many small volumes make one task at most, ..."""
+_TASKS_OF_A_WORKER = 8
+"""... and fewer where there would be less than so many tasks for each worker."""
+_KEPT_MESSAGES = 1000
+_MERGE_SECONDS = 300
+"""A run that takes long merges so often, ..."""
+_MERGE_SHARE = 0.05
+"""... but spends no more than this share of its time on it."""
 
 
 @dataclass(frozen=True)
 class IngestPlan:
-    """What a call would do: nothing is read or written yet."""
+    """What a call would do: no image is read, and nothing is written to the corpus yet."""
 
     spec: DatasetSpec
     root: Path
-    found: list[ImageSource]
-    """All sources of the dataset."""
-    selected: list[ImageSource]
-    """Those that --only and --limit ask for."""
-    pending: list[ImageSource]
-    """Those of `selected` that no earlier run has done, or that changed since."""
+    sources: FoundSources
+    found: int
+    """Number of all sources of the dataset."""
+    selected: int
+    """Of those that --only and --limit ask for."""
+    pending: int
+    """Of those of `selected` that no earlier run has done, or that changed since."""
+    pending_bytes: int
+    """Size of the pending files; one that is gone counts nothing, its task will say so."""
+    arguments: tuple[str, ...]
+    """The options that narrowed it down."""
     origin: RemotePath | None = None
     """Where the images lie, if `root` only outlines them."""
-
-    @property
-    def pending_bytes(self) -> int:
-        """Size of the pending files; one that is gone counts nothing, its task will say so."""
-        return sum(max(stamp_of(source).size, 0) for source in self.pending)
 
 
 @dataclass
@@ -64,7 +80,7 @@ class IngestReport:
     run: Outcomes = field(default_factory=Counter)
     total: Outcomes = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)
-    """One line for each failed image."""
+    """One line for each failed image, of the first 1,000 by key."""
 
 
 Progress = Callable[[int, int, Outcomes], None]
@@ -92,14 +108,35 @@ def plan_ingest(
         SetupError: missing or empty raw folder, bad regular expression.
     """
     root = dataset_root(spec, raw)
-    found = find_sources(spec, root, names)
     try:
         pattern = re.compile(only or "")
     except re.error as error:
         raise SetupError(f"--only {only!r} is no regular expression: {error}.") from error
-    selected = list(islice((source for source in found if pattern.search(source.key)), limit))
+    sources = FoundSources(spec, root, names)
+    sources.select(pattern, limit)
+    options = {"--only": only, "--limit": limit}
+    arguments = tuple(f"{name}={value}" for name, value in options.items() if value is not None)
     place = None if origin is None else origin / root.relative_to(raw.absolute()).as_posix()
-    return IngestPlan(spec, root, found, selected, list(_pending(selected, spec, corpus)), place)
+    return replace(planned(spec, corpus, sources, arguments), origin=place)
+
+
+def planned(
+    spec: DatasetSpec, corpus: Corpus, sources: FoundSources, arguments: tuple[str, ...] = ()
+) -> IngestPlan:
+    """The plan for what is selected of `sources`."""
+    from ingest.image import NORMALISATION_VERSION
+
+    sources.compare(Journal(corpus, spec.id), corpus, NORMALISATION_VERSION)
+    return IngestPlan(
+        spec=spec,
+        root=sources.root,
+        sources=sources,
+        found=sources.found,
+        selected=sources.selected,
+        pending=sources.pending,
+        pending_bytes=sources.pending_bytes,
+        arguments=arguments,
+    )
 
 
 def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, progress: Progress) -> IngestReport:
@@ -113,156 +150,110 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
         progress: told after every task.
 
     Raises:
-        SetupError: the corpus cannot be written, or another ingest of the dataset is running.
+        SetupError: the corpus cannot be written, another ingest of the dataset is running, or the scheduler
+            is gone.
     """
     from catalog.manifest import settle
     from catalog.split import hold_out
+    from ingest.image import NORMALISATION_VERSION
+    from shards.layout import PACK_SIZE
     from shards.write import remove_leftovers
 
-    dataset = plan.spec.id
+    dataset, sources = plan.spec.id, plan.sources
+    corpus = replace(corpus, root=corpus.root.absolute())  # workers may have been started elsewhere
     journal = Journal(corpus, dataset)
-    with _explained(dataset, corpus), journal.lock():
+    with (
+        _explained(dataset, corpus),
+        journal.lock(),
+        run_log(corpus, dataset, plan.arguments, workers=_workers(client), pending=plan.pending) as log,
+    ):
         settle(corpus, dataset)
-        journal.merge()  # what a killed run left
-        remove_leftovers(corpus.shards_folder, dataset)
-        subjects: dict[str, set[str]] = defaultdict(set)
-        for source in plan.found:
-            for modality in source.modalities:
-                subjects[modality].add(source.subject)
-        held_out = hold_out(corpus, dataset, subjects)
-
-        # Looked at again under the lock: a run that just ended, or was killed, may have done some of it.
-        pending = list(_pending(plan.pending, plan.spec, corpus))
-        tasks = _tasks(plan, pending, corpus, journal, held_out)
-        report = IngestReport(dataset, len(plan.found), len(plan.selected) - len(pending))
-        try:
-            done = 0
-            for task, outcomes in _run_on_cluster(tasks, client) if client is not None else ():
-                done += len(task.sources)
-                report.run += outcomes
-                progress(done, len(pending), report.run)
-        finally:
-            journal.merge()
+        with journal.run() as run:
+            remove_leftovers(corpus.shards_folder, dataset)
+            held_out = hold_out(corpus, dataset, sources.subjects())
+            # Looked at again under the lock: a run that just ended, or was killed, may have done some of it.
+            sources.compare(journal, corpus, NORMALISATION_VERSION)
+            sources.assign_packs(journal, PACK_SIZE)
+            pending = sources.pending
+            at_once = min(_VOLUMES_AT_ONCE, max(1, pending // (_TASKS_OF_A_WORKER * max(1, _workers(client)))))
+            report = IngestReport(dataset, plan.found, plan.selected - pending)
+            tasks = (_task(plan, group, corpus, run, held_out) for group in sources.groups(at_once))
+            with _merging(journal) as merge_if_due:
+                done = 0
+                for task, result in _run_on_cluster(tasks, client) if client is not None else ():
+                    done += len(task.places)
+                    report.run += result.outcomes
+                    log.task_done(len(task.places), result)
+                    progress(done, pending, report.run)
+                    merge_if_due()
         report.total, report.messages = _summary(corpus, dataset, journal)
+        log.end("done", report.total)
     return report
 
 
-def _pending(selected: list[ImageSource], spec: DatasetSpec, corpus: Corpus) -> Iterator[ImageSource]:
-    from ingest.image import NORMALISATION_VERSION
-
-    done = Journal(corpus, spec.id).done()
-    present = _present(corpus, spec.id) if done else set()
-    entry_hash = spec.entry_hash()
-    for source in selected:
-        earlier = done.get(source.public_path)
-        if (
-            earlier is None
-            or earlier.failed
-            or earlier.entry_hash != entry_hash
-            or earlier.normalisation_version != NORMALISATION_VERSION
-            or earlier.stamp != stamp_of(source)
-            or source.public_path not in present
-        ):
-            yield source
+def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: frozenset[str]) -> IngestTask:
+    return IngestTask(
+        name=task_name(group.places[0].path) if group.pack is None else f"pack-{group.pack:05d}",
+        run=run,
+        dataset=plan.spec.id,
+        corpus=corpus,
+        root=plan.root,
+        origin=plan.origin,
+        kinds=group.kinds,
+        places=group.places,
+        validation_subjects=held_out & {place.subject for place in group.places},
+        entry_hash=plan.spec.entry_hash(),
+    )
 
 
-def _present(corpus: Corpus, dataset: str) -> set[str]:
-    """Source paths whose rows are in the catalog and whose shards, if they have any, are on disk.
-
-    A user may have deleted a damaged one so that ingest writes it anew.
-    """
-    from catalog.query import load_catalog
-    from shards.check import arrays_there
-
-    if not corpus.catalog_file(dataset).exists():
-        return set()
-    columns = ["source_path", "shard_path"]
-    table = load_catalog(corpus, columns=columns, datasets=[dataset], status=None)
-    shards = table["shard_path"].to_pylist()
-    there = arrays_there(corpus.shards, dataset)
-    gone = {shard for shard in set(shards) - {None} if not there(shard)}
-    paths = table["source_path"].to_pylist()
-    return set(paths) - {path for path, shard in zip(paths, shards, strict=True) if shard in gone}
+def _workers(client: Client | None) -> int:
+    return sum(client.nthreads().values()) if client is not None else 0
 
 
-def _tasks(
-    plan: IngestPlan, pending: list[ImageSource], corpus: Corpus, journal: Journal, held_out: frozenset[str]
-) -> list[IngestTask]:
-    from shards.layout import PACK_SIZE
+def _run_on_cluster(tasks: Iterator[IngestTask], client: Client) -> Iterator[tuple[IngestTask, TaskResult]]:
+    from ingest.cluster import DaskPool
 
-    groups: dict[str, list[ImageSource]] = defaultdict(list)
-    flat = [source.public_path for source in plan.found if source.dimension == 2]
-    packs = journal.packs(flat, PACK_SIZE) if flat else {}
-    for source in pending:
-        name = f"pack-{packs[source.public_path]:05d}" if source.dimension == 2 else task_name(source)
-        groups[name].append(source)
-    return [
-        IngestTask(
-            name=name,
-            dataset=plan.spec.id,
-            corpus=corpus,
-            sources=tuple(sources),
-            origin=plan.origin,
-            validation_subjects=held_out & {source.subject for source in sources},
-            entry_hash=plan.spec.entry_hash(),
-        )
-        for name, sources in groups.items()
-    ]
-
-
-def _run_on_cluster(tasks: list[IngestTask], client: Client) -> Iterator[tuple[IngestTask, Outcomes]]:
-    """Keep a few tasks per worker thread in flight, so that the scheduler never holds the whole dataset.
-
-    A worker that dies is blamed on every task that waited for it. These run again at the end, one at a time,
-    and a pack in halves, so that only the image that kills its workers is lost.
-    """
-    from distributed import as_completed
-    from distributed.scheduler import KilledWorker
-
-    waiting = iter(tasks)
-    running: dict[Future, IngestTask] = {}
-    suspects: list[IngestTask] = []
-
-    def submit(task: IngestTask) -> Future:
-        future = client.submit(run_task, task, pure=False)
-        running[future] = task
-        return future
-
-    width = 2 * max(1, sum(client.nthreads().values()))
-    completed = as_completed([submit(task) for task in islice(waiting, width)])
+    pool = DaskPool(client)
     try:
-        for future in completed:
-            task = running.pop(future)
-            try:
-                outcomes = future.result()
-            except KilledWorker:
-                suspects.append(task)
-            else:
-                yield task, outcomes
-            following = next(waiting, None)
-            if following is not None:
-                completed.add(submit(following))
-        suspects.sort(key=lambda task: task.name, reverse=True)
-        while suspects:
-            task = suspects.pop()
-            try:
-                outcomes = submit(task).result()
-            except KilledWorker:
-                if len(task.sources) > 1:
-                    suspects.extend(reversed(halves(task)))
-                else:
-                    yield task, record_lost_task(task)
-            else:
-                yield task, outcomes
+        yield from run_tasks(tasks, pool)
     finally:
-        client.cancel(list(running))
+        pool.cancel()
+
+
+@contextmanager
+def _merging(journal: Journal) -> Iterator[Callable[[], None]]:
+    """Merges from time to time while tasks go on, so that a run of many hours that is killed keeps its catalog.
+
+    Yields what is to be called often; it raises what a merge raised.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        merge: Future[float] | None = None
+        due = time.monotonic() + _MERGE_SECONDS
+
+        def timed() -> float:
+            start = time.monotonic()
+            journal.merge()
+            return time.monotonic() - start
+
+        def merge_if_due() -> None:
+            nonlocal merge, due
+            if merge is not None and merge.done():
+                due = time.monotonic() + max(_MERGE_SECONDS, merge.result() / _MERGE_SHARE)
+                merge = None
+            if merge is None and time.monotonic() >= due:
+                merge = thread.submit(timed)
+
+        yield merge_if_due
 
 
 @contextmanager
 def _explained(dataset: str, corpus: Corpus) -> Iterator[None]:
     """Turn an OSError on the corpus into one line that says what to do."""
     try:
-        yield
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise as_known_error(error) from error
     except OSError as error:
         where = error.filename or corpus.place
         if isinstance(error, StoreError):
@@ -281,18 +272,21 @@ def _explained(dataset: str, corpus: Corpus) -> Iterator[None]:
 
 
 def _summary(corpus: Corpus, dataset: str, journal: Journal) -> tuple[Outcomes, list[str]]:
-    from catalog.query import load_catalog
+    """What the catalog now has of the dataset; arrays that it does not name are deleted."""
+    from catalog.query import read_batches, remedy_of
 
-    columns = ["dataset", "status", "reason", "message", "shard_path"]
-    if not corpus.catalog_file(dataset).exists():
-        return Counter(), []
-    table = load_catalog(corpus, columns=columns, datasets=[dataset], status=None)
-    statuses, reasons = table["status"].to_pylist(), table["reason"].to_pylist()
-    failures = [
-        message
-        for status, message in zip(statuses, table["message"].to_pylist(), strict=True)
-        if status == "failed"
-    ]
-    journal.remove_unreferenced_shards(set(table["shard_path"].to_pylist()))
-    outcomes = zip(statuses, (reason or "" for reason in reasons), strict=True)
-    return Counter(outcomes), failures
+    file = corpus.catalog_file(dataset)
+    outcomes: Outcomes = Counter()
+    failures: list[str] = []
+    if not file.exists():
+        return outcomes, failures
+    referenced = NameSet()
+    for table in read_batches(file, remedy_of(dataset), ["status", "reason", "message", "shard_path"]):
+        statuses, reasons = table["status"].to_pylist(), table["reason"].to_pylist()
+        outcomes.update(zip(statuses, (reason or "" for reason in reasons), strict=True))
+        if "failed" in statuses and len(failures) < _KEPT_MESSAGES:
+            messages = zip(statuses, table["message"].to_pylist(), strict=True)
+            failures += [message for status, message in messages if status == "failed"]
+        referenced.add(table["shard_path"].drop_null().to_pylist())
+    journal.remove_unreferenced_shards(referenced)
+    return outcomes, failures[:_KEPT_MESSAGES]

@@ -1,4 +1,4 @@
-"""One unit of work of an ingest: a volume file, a series, or the 2-D sources of one pack.
+"""One unit of work of an ingest: some volume files or series, or the 2-D sources of one pack.
 
 A task runs in a worker process and is complete when its record lies in the journal. It can run twice: arrays
 are named by their content, and the record is replaced by an equal one.
@@ -12,14 +12,15 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from catalog.corpus import Corpus
 from catalog.store import RemotePath
 from ingest.journal import Journal, Stamp
 from ingest.readers import name
 from ingest.reasons import ExcludedImage, FailedImage, full_message
-from ingest.source import ImageSource
+from ingest.source import ImageSource, shared_weight
 
 if TYPE_CHECKING:
     from ingest.image import Normalised
@@ -29,14 +30,57 @@ _SIZE_BUCKET = 128
 """2-D images share a pack when their sides round up to the same multiple: little padding, few packs."""
 
 
+Outcomes = Counter[tuple[str, str]]
+"""Number of images by (status, reason)."""
+
+
+class Place(NamedTuple):
+    """What tells a source from others of its kind."""
+
+    path: str
+    key: str
+    subject: str
+    kind: int
+    """Index of the source that has all the rest."""
+    alias: str | None = None
+    """As of the source."""
+    sharing: int = 1
+    """Number of files that share the weight."""
+    copy_of: str | None = None
+    """Name of the file that has the same bytes, and is kept."""
+
+    def source(self, kind: ImageSource, root: Path) -> ImageSource:
+        """The source at this place."""
+        weight = kind.weight * shared_weight(self.sharing)
+        exclude = kind.exclude
+        if self.copy_of is not None:
+            exclude = ("duplicate", f"it has the same bytes as {self.copy_of}, which is kept.")
+        return replace(
+            kind,
+            root=root,
+            path=self.path,
+            key=self.key,
+            subject=self.subject,
+            alias=self.alias,
+            weight=weight,
+            exclude=exclude,
+        )
+
+
 @dataclass(frozen=True)
 class IngestTask:
     """What a worker needs: paths and rules, no voxels."""
 
     name: str
+    run: str
+    """The run of the journal it belongs to."""
     dataset: str
     corpus: Corpus
-    sources: tuple[ImageSource, ...]
+    root: Path
+    """Folder of the dataset."""
+    kinds: tuple[ImageSource, ...]
+    places: tuple[Place, ...]
+    """Together the sources: what they share, once, and what tells them apart."""
     validation_subjects: frozenset[str]
     """Held-out subjects among those of `sources`."""
     entry_hash: str
@@ -44,37 +88,53 @@ class IngestTask:
     """Where the images lie, if the folder of `sources` only outlines them."""
 
     @property
+    def sources(self) -> list[ImageSource]:
+        return [place.source(self.kinds[place.kind], self.root) for place in self.places]
+
+    @property
     def is_pack(self) -> bool:
-        return self.sources[0].dimension == 2
+        return self.kinds[0].dimension == 2
 
 
-def run_task(task: IngestTask) -> Counter[tuple[str, str]]:
-    """Ingest the sources of one task and record the outcome; returns the number of images by (status, reason).
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task tells the driver; its rows are in the journal."""
+
+    outcomes: Outcomes
+    unfit: list[tuple[str, str, str]]
+    """Key, status and reason of each image that was not ingested."""
+    source_bytes: int
+    stored_bytes: int
+
+
+def run_task(task: IngestTask) -> TaskResult:
+    """Ingest the sources of one task and record the outcome.
 
     An image that cannot be read or used becomes a row with its reason. Raises OSError only when the corpus
-    cannot be written (no space, no permission).
+    cannot be written (no space, no permission, or RunEndedError: the driver of the task is gone).
     """
     use_one_thread()
-    stamps = {source.public_path: stamp_of(source) for source in task.sources}
-    try:
-        rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
-    except OSError:
-        raise
-    except Exception as error:  # a fault on the way from image to shard must not end the run
-        rows = [_failed_row(source, _failure(source, error)) for source in task.sources]
-    return _record(task, rows, stamps)
+    with Journal(task.corpus, task.dataset).taking_part(task.run):
+        stamps = {source.public_path: stamp_of(source) for source in task.sources}
+        try:
+            rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
+        except OSError:
+            raise
+        except Exception as error:  # a fault on the way from image to shard must not end the run
+            rows = [_failed_row(source, _failure(source, error)) for source in task.sources]
+        return _record(task, rows, stamps)
 
 
 def halves(task: IngestTask) -> tuple[IngestTask, IngestTask]:
-    """A pack's task as two, to find the image that kills its workers."""
-    middle = len(task.sources) // 2
+    """A task as two, to find the image that kills its workers."""
+    middle = len(task.places) // 2
     return (
-        replace(task, name=f"{task.name}a", sources=task.sources[:middle]),
-        replace(task, name=f"{task.name}b", sources=task.sources[middle:]),
+        replace(task, name=f"{task.name}a", places=task.places[:middle]),
+        replace(task, name=f"{task.name}b", places=task.places[middle:]),
     )
 
 
-def record_lost_task(task: IngestTask) -> Counter[tuple[str, str]]:
+def record_lost_task(task: IngestTask) -> TaskResult:
     """Record that a task's workers died, so that none of its images is without a row."""
     rows = [
         _failed_row(
@@ -90,7 +150,7 @@ def record_lost_task(task: IngestTask) -> Counter[tuple[str, str]]:
     return _record(task, rows, {source.public_path: stamp_of(source) for source in task.sources})
 
 
-def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stamp]) -> Counter[tuple[str, str]]:
+def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stamp]) -> TaskResult:
     complete = [
         row
         | {
@@ -99,16 +159,18 @@ def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stam
         }
         for row in rows
     ]
-    Journal(task.corpus, task.dataset).record(task.name, complete, stamps)
-    return Counter((row["status"], row["reason"] or "") for row in complete)
+    Journal(task.corpus, task.dataset).record(task.run, task.name, complete, stamps)
+    return TaskResult(
+        outcomes=Counter((row["status"], row["reason"] or "") for row in complete),
+        unfit=[(row["key"], row["status"], row["reason"]) for row in complete if row["status"] != "ingested"],
+        source_bytes=sum(max(stamp.size, 0) for stamp in stamps.values()),
+        stored_bytes=sum(row.get("stored_bytes") or 0 for row in complete),
+    )
 
 
 def stamp_of(source: ImageSource) -> Stamp:
     """Stamp of a source; of one that cannot be listed, a stamp that equals no real one."""
-    try:
-        return Stamp.of(source.file)
-    except OSError:
-        return Stamp(-1, 0, 0)
+    return Stamp.if_any(source.file)
 
 
 @functools.cache
@@ -135,7 +197,7 @@ def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
     try:
         if source.failure is not None:
             reason, why = source.failure
-            raise FailedImage(reason, f"{source.dataset}/{source.key} ({source.path}): {why}")
+            raise FailedImage(reason, f"{name(source)}: {why}")
         if source.exclude is not None:
             reason, why = source.exclude
             raise ExcludedImage(reason, f"{name(source)}: {why}")
@@ -189,15 +251,18 @@ def _volume_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
                 image if isinstance(image, dict) else _write_volume(task, image)
                 for image in _fetched_images(task, source)
             ]
-        except FailedImage as outcome:
+        except OSError:
+            raise
+        except Exception as error:
             # Arrays already written have no row then, and are removed at the end of the run.
-            yield _failed_row(source, outcome)
+            yield _failed_row(source, _failure(source, error))
 
 
 def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
     from shards.layout import array_name
     from shards.write import write_volume
 
+    Journal(task.corpus, task.dataset).check_open(task.run)
     name = array_name(task.dataset, image.row["key"], _identity(task, [image.row]))
     stored = write_volume(task.corpus.shards, name, image.voxels)
     return image.row | {
@@ -245,6 +310,7 @@ def _write_pack(task: IngestTask, pack: str, images: list[Normalised]) -> Iterat
     from shards.layout import array_name
     from shards.write import write_pack
 
+    Journal(task.corpus, task.dataset).check_open(task.run)
     name = array_name(task.dataset, pack, _identity(task, [image.row for image in images]))
     stored = write_pack(task.corpus.shards, name, [image.voxels for image in images])
     for index, image in enumerate(images):
@@ -266,6 +332,6 @@ def _identity(task: IngestTask, rows: list[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def task_name(source: ImageSource) -> str:
-    """File-name-safe name of the task of a 3-D source."""
-    return "volume-" + hashlib.sha256(os.fsencode(source.public_path)).hexdigest()[:24]
+def task_name(path: str) -> str:
+    """File-name-safe name of a task of 3-D sources; `path` is that of the first."""
+    return "volume-" + hashlib.sha256(os.fsencode(path)).hexdigest()[:24]

@@ -46,3 +46,11 @@ def published_files(corpus: Path) -> dict[str, str]:
         for path in sorted(corpus.rglob("*"))
         if path.is_file() and path.relative_to(corpus).parts[0] != "private"
     }
+
+
+def recorded_tasks(corpus: Path, dataset: str) -> int:
+    """How many tasks of an ingest that goes on are recorded and not merged yet."""
+    try:
+        return len(list((corpus / "private" / "journal" / dataset).rglob("[!.]*.parquet")))
+    except FileNotFoundError:  # the run was just moved, or ended
+        return 0

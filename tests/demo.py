@@ -46,18 +46,23 @@ DEMO = DatasetSpec.model_validate(
 )
 
 
+class NoCluster:
+    def nthreads(self) -> dict[str, int]:
+        return {}
+
+
 def ingest_demo(
     raw: Path, data: Path, monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False
 ) -> tuple[IngestReport, dict[str, dict[str, Any]]]:
     """Ingest `raw`/demo into `data` in this process; returns the report and the catalog's rows by key."""
 
-    def in_this_process(tasks: list[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
-        for task in reversed(tasks) if backwards else tasks:
+    def in_this_process(tasks: Iterator[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
+        for task in reversed(list(tasks)) if backwards else tasks:
             yield task, run_task(task)
 
     monkeypatch.setattr(ingest.run, "_run_on_cluster", in_this_process)
     corpus = Corpus(data)
-    report = ingest_dataset(plan_ingest(DEMO, raw, corpus), corpus, object(), lambda *_: None)  # type: ignore[arg-type]
+    report = ingest_dataset(plan_ingest(DEMO, raw, corpus), corpus, NoCluster(), lambda *_: None)  # type: ignore[arg-type]
     rows = load_catalog(corpus, status=None).to_pylist()
     by_key = {row["key"]: row for row in rows}
     assert len(by_key) == len(rows)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.commands import SCRIPTS, command, run
+from catalog.corpus import Corpus
+from catalog.write import merge_dataset
+from tests.commands import SCRIPTS, command, recorded_tasks, run
 
 HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tensorstore", "SimpleITK", "cv2"}
 
@@ -27,7 +32,9 @@ HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tenso
                 "plan",
                 "download",
                 "ingest",
+                "runs",
                 "stats",
+                "query",
                 "inspect",
                 "view",
                 "add",
@@ -107,6 +114,59 @@ def test_stats_in_every_form(tmp_path: Path, samples: Path) -> None:
     assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
     one_line_error(run("pumit-data", "stats", "--data", data, "--by", "modalty"), "modalty", "'modality'")
 
+    only_2d = run(
+        "pumit-data", "stats", "--data", data, "--json", "--by", "modality", "--where", "dimension = 2"
+    )
+    assert {row["modality"] for row in json.loads(only_2d.stdout)} == {"fundus"}
+    by_dataset = run("pumit-data", "stats", "--data", data, "--csv").stdout.splitlines()
+    assert len(by_dataset) == 2
+    assert by_dataset[0].startswith('"dataset","images","subjects"')
+    assert "| **Total** |" in run("pumit-data", "stats", "--data", data, "--markdown").stdout
+    by_split = run("pumit-data", "stats", "--data", data, "--markdown", "--by", "split").stdout
+    assert "| train |" in by_split
+    one_line_error(run("pumit-data", "stats", "--data", data, "--where", "modalty = 1"), "modalty", "modality,")
+    one_line_error(run("pumit-data", "stats", "--data", data, "--csv", "--json"), "--json", "--csv")
+    empty = run("pumit-data", "stats", "--data", data, "--where", "false", "--plot", tmp_path / "none.png")
+    one_line_error(empty, "--plot")
+
+
+def test_a_long_query_can_be_interrupted(tmp_path: Path) -> None:
+    row = {"dataset": "amos", "key": "k", "subject": "s", "status": "ingested", "split": "train"}
+    row |= {"source_path": "p", "entry_hash": "e", "normalisation_version": 1}
+    merge_dataset(Corpus(tmp_path), "amos", [row], [])
+    endless = "SELECT count(*) FROM range(1000000000000) WHERE range * 7 % 1000003 = 5"
+    process = subprocess.Popen(
+        command("pumit-data", "query", endless, "--data", tmp_path), stderr=subprocess.PIPE, text=True
+    )
+    ticks = os.sysconf("SC_CLK_TCK")
+    while process.poll() is None:
+        user_time = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11])
+        if user_time > 3 * ticks:  # seconds: it starts within one
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "Traceback" not in errors
+
+
+def test_query_in_every_form(tmp_path: Path, samples: Path) -> None:
+    data = tmp_path / "data"
+    ingest = run("pumit-data", "ingest", "sample", "--raw", samples.parent, "--data", data, "--only", "retina")
+    assert ingest.returncode == 0
+    sql = "SELECT modality, count(*) AS n, list(DISTINCT dataset) AS datasets FROM images GROUP BY ALL"
+    expected = [{"modality": "fundus", "n": 2, "datasets": ["sample"]}]
+    assert json.loads(run("pumit-data", "query", sql, "--data", data, "--json").stdout) == expected
+    csv = run("pumit-data", "query", sql, "--data", data, "--csv").stdout
+    assert csv == '"modality","n","datasets"\n"fundus",2,"[""sample""]"\n'
+    assert "fundus" in run("pumit-data", "query", sql, "--data", data).stdout
+    assert run("pumit-data", "query", sql, "--data", data, "--output", tmp_path / "a.json").stdout == ""
+    assert json.loads((tmp_path / "a.json").read_text()) == expected
+    one_line_error(run("pumit-data", "query", "SELECT x FROM images", "--data", data), "modality, ")
+    one_line_error(run("pumit-data", "query", "DROP TABLE images", "--data", data), "SELECT")
+    lost = run("pumit-data", "query", sql, "--data", data, "--output", tmp_path / "none" / "a.csv")
+    one_line_error(lost, "a.csv", "cannot be written")
+
 
 def test_training_without_a_corpus_says_what_to_type(tmp_path: Path) -> None:
     result = run("pumit-train", "tokenizer", "--data", tmp_path / "data", "--run", tmp_path / "run")
@@ -175,8 +235,7 @@ def test_interrupt_ends_with_its_own_code(tmp_path: Path, samples: Path) -> None
         stdout=subprocess.PIPE,
         text=True,
     )
-    tasks = tmp_path / "data" / "private" / "journal" / "sample" / "tasks"
-    while process.poll() is None and not list(tasks.glob("*.parquet")):
+    while process.poll() is None and not recorded_tasks(tmp_path / "data", "sample"):
         pass
     process.terminate()
     _, errors = process.communicate(timeout=60)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ingest.discover import find_sources
+from ingest.found import find_sources
 from ingest.spec import get_spec
 from tests.commands import run
 from tests.conftest import REPOSITORY

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from catalog.errors import SetupError
 from ingest.access import Download
-from ingest.discover import existing_roots, find_sources
+from ingest.discover import existing_roots
 from ingest.download.hosts import Hosts, list_files
 from ingest.download.http import FileProgress, Http, Remote
 from ingest.download.staging import RECORD, Staging
 from ingest.download.tcia import fetch_series, list_series, series_bytes, write_metadata
 from ingest.download.unpack import is_archive
+from ingest.found import find_sources
 from ingest.spec import DatasetSpec
 
 _FREE_LICENCES = re.compile(r"(CC0|CC BY|CC BY-SA|PDDL|ODC-BY)( \d\.\d)?", re.IGNORECASE)

@@ -28,7 +28,8 @@ from catalog.manifest import (
 
 def new(corpus: Corpus, name: str, value: int) -> NewFile:
     path = {"images": corpus.catalog_file("demo"), "split": corpus.split_file("demo")}[name]
-    return NewFile(path, pa.table({"value": list(range(value, value + 500))}), {"compression": "zstd"})
+    table = pa.table({"value": list(range(value, value + 500))})
+    return NewFile(path, [table], table.schema)
 
 
 @pytest.fixture

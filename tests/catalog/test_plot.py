@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from catalog.errors import SetupError
 from catalog.plot import audit_picture
 from catalog.schema import CATALOG_SCHEMA
 from catalog.spacing import da_level
@@ -82,7 +83,7 @@ def test_the_same_corpus_gives_the_same_bytes_whatever_the_users_style(tmp_path:
 
 
 def test_without_an_image_there_is_nothing_to_draw(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no ingested image"):
+    with pytest.raises(SetupError, match="no ingested image"):
         picture(tmp_path, [row(0, status="failed", reason="unreadable")])
     assert not list(tmp_path.iterdir())
 

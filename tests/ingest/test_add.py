@@ -16,7 +16,8 @@ from PIL import Image
 
 from catalog.errors import SetupError
 from ingest.add import Proposal, propose, write_entry
-from ingest.discover import dataset_root, find_sources
+from ingest.discover import dataset_root
+from ingest.found import find_sources
 from ingest.spec import get_spec, load_specs
 from tests.commands import run
 

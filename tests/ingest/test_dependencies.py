@@ -15,7 +15,7 @@ COPYLEFT = {"pylibjpeg-libjpeg", "libjpeg"}
 SCRIPT = """
 import sys
 from pathlib import Path
-from ingest.discover import find_sources
+from ingest.found import find_sources
 from ingest.readers import read_volumes
 from ingest.spec import get_spec
 for source in find_sources(get_spec("sample"), Path(sys.argv[1])):

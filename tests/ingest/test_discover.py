@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import ingest.discover
 from catalog.errors import SetupError
-from ingest.discover import dataset_root, find_sources
+from ingest.discover import dataset_root
+from ingest.found import find_sources
 from ingest.spec import DatasetSpec, get_spec
 
 
@@ -73,7 +74,7 @@ def test_order_of_the_file_system_does_not_matter(tmp_path: Path, monkeypatch: p
     listed = ingest.discover._entries
 
     def shuffled(folder: Path) -> list[Any]:
-        entries = listed(folder)
+        entries = list(listed(folder))
         random.Random(7).shuffle(entries)
         return entries
 

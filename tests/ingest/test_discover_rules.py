@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.query import load_catalog
-from ingest.discover import find_sources
+from ingest.found import find_sources
 from ingest.source import ImageSource, shared_weight
 from ingest.spec import DatasetSpec
 from tests.commands import run

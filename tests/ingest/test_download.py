@@ -26,11 +26,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catalog.errors import SetupError
-from ingest.discover import dataset_root, find_sources
+from ingest.discover import dataset_root
 from ingest.download.hosts import Hosts
 from ingest.download.http import Http, Remote
 from ingest.download.run import DownloadReport, download_dataset, needs_consent
 from ingest.download.unpack import unpack
+from ingest.found import find_sources
 from ingest.spec import DatasetSpec, own_file
 from tests.commands import command, run
 from tests.web import Web, serve

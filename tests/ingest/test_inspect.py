@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from catalog.errors import SetupError
-from ingest.discover import find_sources
+from ingest.found import find_sources
 from ingest.image import normalise
 from ingest.inspect import Inspection, as_json, inspect_path, montage_of, render
 from ingest.readers import read_volumes

@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
+import pyarrow.parquet as pq
 import pytest
 
+import ingest.run
 import ingest.task
+from ingest.journal import Journal
 from tests.commands import published_files
 from tests.demo import ingest_demo
 
@@ -65,6 +68,26 @@ def test_order_of_files_and_tasks_and_number_of_threads(
         ingest_demo(raw, data, monkeypatch, backwards=True)
         assert published_files(data) == expected
     cv2.setNumThreads(1)
+
+
+def test_merging_on_the_way(
+    expected: dict[str, str], samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of many hours merges from time to time; here after every task, beside the next ones."""
+    merge, sizes = Journal.merge, []
+
+    def observed(journal: Journal) -> None:
+        merge(journal)
+        file = journal.corpus.catalog_file(journal.dataset)
+        sizes.append(pq.ParquetFile(file).metadata.num_rows if file.exists() else 0)
+
+    monkeypatch.setattr(Journal, "merge", observed)
+    monkeypatch.setattr(ingest.run, "_MERGE_SECONDS", 0)
+    monkeypatch.setattr(ingest.run, "_MERGE_SHARE", 1e9)
+    ingest_demo(copy(samples, tmp_path / "elsewhere" / "raw", mixed), tmp_path / "merged", monkeypatch)
+    assert published_files(tmp_path / "merged") == expected
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) > 2, "the catalog grew in steps"
 
 
 def turkish(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog.errors import SetupError
-from ingest.discover import find_sources
+from ingest.found import find_sources
 from ingest.layout import Layout, Move
 from ingest.spec import DatasetSpec
 

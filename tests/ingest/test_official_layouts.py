@@ -13,7 +13,8 @@ import pytest
 from catalog.corpus import Corpus
 from catalog.query import load_catalog
 from ingest.check import check_dataset
-from ingest.discover import dataset_root, find_sources
+from ingest.discover import dataset_root
+from ingest.found import find_sources
 from ingest.source import ImageSource
 from ingest.spec import get_spec, load_specs
 from tests.commands import run

@@ -19,7 +19,7 @@ from catalog.corpus import Corpus
 from catalog.query import load_catalog
 from ingest.journal import Journal
 from shards.read import ShardReader
-from tests.commands import command, published_files, run
+from tests.commands import command, published_files, recorded_tasks, run
 
 
 def ingest(raw: Path, data: Path, *options: str) -> dict[str, Any]:
@@ -115,8 +115,7 @@ def test_killed_driver_resumes_to_the_same_bytes(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    tasks = data / "private" / "journal" / "sample" / "tasks"
-    while driver.poll() is None and len(list(tasks.glob("*.parquet"))) < records:
+    while driver.poll() is None and recorded_tasks(data, "sample") < records:
         time.sleep(0.005)
     os.killpg(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL, "the driver ended before it could be killed"

@@ -15,7 +15,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from PIL import Image
 
-from ingest.discover import dataset_root, find_sources
+from ingest.discover import dataset_root
+from ingest.found import find_sources
 from ingest.source import ImageSource
 from ingest.spec import get_spec
 from tests.layouts import make_samples

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from ingest.verify import problems_of_row, verify
 from shards.check import metadata_forms
 from shards.layout import METADATA_FILE, SHARD_FILE, volume_chunk
 from tests.commands import published_files, run
-from tests.demo import DEMO
+from tests.demo import DEMO, NoCluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPECS = {"demo": DEMO}
@@ -57,7 +58,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ingest_all(plans: list[IngestPlan], corpus: Corpus) -> list[IngestReport]:
-    return [ingest_dataset(plan, corpus, object(), lambda *_: None) for plan in plans]  # type: ignore[arg-type]
+    return [ingest_dataset(plan, corpus, NoCluster(), lambda *_: None) for plan in plans]  # type: ignore[arg-type]
 
 
 def make_raw(folder: Path) -> Path:
@@ -257,7 +258,7 @@ def rewrite_rows(corpus: Corpus, **changes: Any) -> None:
     table = load_catalog(corpus, status=None)
     rows = table.to_pylist()
     next(row for row in rows if row["status"] == "ingested").update(changes)
-    publish(corpus, "demo", [catalog_file(corpus, "demo", pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA))])
+    publish(corpus, "demo", [catalog_file(corpus, "demo", [pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA)])])
 
 
 @pytest.mark.parametrize(
@@ -408,7 +409,7 @@ sys.path.insert(0, sys.argv[1])
 import ingest.run
 from catalog.corpus import Corpus
 from ingest.task import run_task
-from tests.demo import DEMO
+from tests.demo import DEMO, NoCluster
 raw, data, count = Path(sys.argv[2]), Corpus(Path(sys.argv[3])), int(sys.argv[4])
 ingest.run._run_on_cluster = lambda tasks, client: ((task, run_task(task)) for task in tasks)
 replace = Path.replace
@@ -422,7 +423,7 @@ def counted(self, target):
     return replace(self, target)
 
 Path.replace = counted
-ingest.run.ingest_dataset(ingest.run.plan_ingest(DEMO, raw, data), data, object(), lambda *_: None)
+ingest.run.ingest_dataset(ingest.run.plan_ingest(DEMO, raw, data), data, NoCluster(), lambda *_: None)
 """
 RENAMES = 7  # next manifest, split, manifest; next manifest, previews, catalog, manifest
 
@@ -498,7 +499,7 @@ def test_a_later_version_is_refused(corpus: Corpus) -> None:
     path = corpus.catalog_file("demo")
     table = pq.read_table(path, partitioning=None)
     later = table.replace_schema_metadata({"pumit_schema_version": "3"})
-    publish(corpus, "demo", [catalog_file(corpus, "demo", later)])
+    publish(corpus, "demo", [replace(catalog_file(corpus, "demo", [later]), schema=later.schema)])
     result = run("pumit-data", "verify", "--data", corpus.root)
     assert result.returncode == 2
     assert "version 3" in result.stderr

@@ -22,7 +22,7 @@ from catalog.errors import SetupError
 from catalog.query import load_catalog
 from catalog.remote import open_corpus, whole_copy
 from catalog.store import RemotePath, StoreError
-from ingest.discover import find_sources
+from ingest.found import find_sources
 from ingest.journal import Stamp
 from ingest.lease import lease
 from ingest.outline import raw_folder
@@ -31,7 +31,7 @@ from ingest.run import IngestReport, ingest_dataset, plan_ingest
 from ingest.task import IngestTask, run_task
 from ingest.verify import verify
 from tests.commands import command, published_files, run
-from tests.demo import DEMO
+from tests.demo import DEMO, NoCluster
 from tests.object_store import Fault, Proxy, download, make_folder_marker, make_raw, upload
 
 SLICES = sorted((Path(__file__).parents[2] / "samples").glob("CT/*/head/*"))
@@ -49,7 +49,7 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(tasks: list[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
+    def run_here(tasks: Iterator[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
         for task in tasks:
             yield task, run_task(task)
 
@@ -64,7 +64,7 @@ def place(bucket: RemotePath) -> RemotePath:
 def ingest_to(place: RemotePath, raw: Path, limit: int | None = None) -> IngestReport:
     with working_copy(place, ["demo"], write=True) as corpus:
         plan = plan_ingest(DEMO, raw, corpus, limit=limit)
-        return ingest_dataset(plan, corpus, object(), lambda *_: None)  # type: ignore[arg-type]
+        return ingest_dataset(plan, corpus, NoCluster(), lambda *_: None)  # type: ignore[arg-type]
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_dry_run_writes_nothing(place: RemotePath, raw: Path, proxy: Proxy) ->
     proxy.requests.clear()
     with working_copy(place, ["demo"], write=False) as corpus:
         plan = plan_ingest(DEMO, raw, corpus)
-    assert (len(plan.found), len(plan.pending)) == (5, 3)
+    assert (plan.found, plan.pending) == (5, 3)
     assert {request.method for request in proxy.requests} <= {"GET", "HEAD"}
 
 
@@ -208,7 +208,7 @@ def ingest_from(source: RemotePath, place: RemotePath | Path) -> IngestReport:
     with raw_folder(source) as raw, working_copy(place, ["demo"], write=True) as corpus:
         raw.outline(DEMO)
         plan = plan_ingest(DEMO, raw.folder, corpus, origin=raw.origin)
-        return ingest_dataset(plan, corpus, object(), lambda *_: None)  # type: ignore[arg-type]
+        return ingest_dataset(plan, corpus, NoCluster(), lambda *_: None)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_raw_images_in_the_store_give_what_those_in_a_folder_give(
     expected = tmp_path / "expected"
     with working_copy(expected, ["demo"], write=True) as corpus:
         plan = plan_ingest(DEMO, many_formats, corpus)
-        ingest_dataset(plan, corpus, object(), lambda *_: None)  # type: ignore[arg-type]
+        ingest_dataset(plan, corpus, NoCluster(), lambda *_: None)  # type: ignore[arg-type]
     fetched = [Fault(kind, path=r"raw/.*(large|parted|series|picture)") for kind in ("reset", "status")]
     proxy.faults += fetched
     report = ingest_from(bucket / "raw", bucket / "corpus")

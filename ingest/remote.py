@@ -15,13 +15,14 @@ from pathlib import Path
 
 from catalog.corpus import Corpus
 from catalog.durable import replacing
-from catalog.manifest import read_manifest
+from catalog.errors import SetupError
+from catalog.manifest import digest_of, read_manifest, seal
 from catalog.remote import local_folder
 from catalog.scratch import NameSet
 from catalog.store import Location, RemotePath, StoreError
 from ingest.journal import Journal
 from ingest.lease import Lease, lease
-from ingest.names import copy_key
+from ingest.names import copy_key, fingerprint_file, write_fingerprint
 from shards.layout import METADATA_FILE, dataset_folder
 
 
@@ -42,11 +43,13 @@ def working_copy(place: Location, datasets: Sequence[str], *, write: bool) -> It
         with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
             corpus = Corpus(Path(folder), origin=place)
             copy_key(kept_copy(place), corpus)
+            _fetch_file(corpus, place, fingerprint_file(corpus))
             for dataset in datasets:
                 _fetch(corpus, place, dataset)
             yield corpus
         return
     corpus = kept_copy(place)
+    _fetch_file(corpus, place, fingerprint_file(corpus))
     with ExitStack() as stack:
         for dataset in sorted(set(datasets)):
             held = stack.enter_context(lease(place, dataset, corpus.private / "leases"))
@@ -64,11 +67,14 @@ def kept_copy(place: Location) -> Corpus:
 @contextmanager
 def _published(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> Iterator[None]:
     """Begin with what the store has, and bring it there in the end."""
-    there = _manifest_bytes(place, corpus, dataset)
-    if there not in (_base(corpus, dataset), _bytes(corpus.manifest_file(dataset))):
+    there, here = _manifest_bytes(place, corpus, dataset), _bytes(corpus.manifest_file(dataset))
+    if here is None or there not in (_base(corpus, dataset), here):
         _discard(corpus, dataset)  # another machine went on
-        _fetch(corpus, place, dataset)
-        _remember(corpus, dataset)
+        if there is None and (place / corpus.name_of(corpus.next_manifest_file(dataset))).is_file():
+            _fetch_split(corpus, place, dataset)
+        else:
+            _fetch(corpus, place, dataset)
+        _remember(corpus, dataset, there)
     try:
         yield
     except StoreError:
@@ -92,6 +98,11 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> No
     digests, known = read_manifest(manifest), read_manifest(_base_file(corpus, dataset))
     unfinished = place / corpus.name_of(following)
     there = _manifest_bytes(place, corpus, dataset)
+    if there not in (_base(corpus, dataset), _bytes(manifest)):
+        raise SetupError(
+            f"{dataset}: another ingest has published it in {place} meanwhile, which nothing may overwrite. "
+            "Repeat the command: it begins with what is there now."
+        )
     stopped = unfinished.is_file()  # a run that was killed: any file may be its
     if there != _bytes(manifest) or stopped:
         names = map(corpus.name_of, (corpus.split_file(dataset), corpus.preview_file(dataset), catalog))
@@ -103,10 +114,11 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> No
             held.check()
             target.write(file)
         unfinished.unlink()
-    _remember(corpus, dataset)
+    _remember(corpus, dataset, _bytes(manifest))
     held.check()
     _remove_unreferenced(corpus, place, dataset)
-    for file in Journal(corpus, dataset).kept_files():
+    write_fingerprint(corpus)
+    for file in (*Journal(corpus, dataset).kept_files(), fingerprint_file(corpus)):
         if file.is_file():
             (place / corpus.name_of(file)).write(file)
 
@@ -120,10 +132,23 @@ def _fetch(corpus: Corpus, place: RemotePath, dataset: str) -> None:
         corpus.next_manifest_file(dataset),
     ]
     for file in (*published, *Journal(corpus, dataset).kept_files(), corpus.manifest_file(dataset)):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Of a dataset that has just begun, some are not there.
-        with suppress(FileNotFoundError), replacing(file) as temporary:
-            (place / corpus.name_of(file)).download(temporary)
+        _fetch_file(corpus, place, file)
+
+
+def _fetch_split(corpus: Corpus, place: RemotePath, dataset: str) -> None:
+    """Begin anew where a first run was killed while it published: only who is held out must stay so."""
+    split = corpus.split_file(dataset)
+    _fetch_file(corpus, place, split)
+    corpus.manifest_file(dataset).parent.mkdir(parents=True, exist_ok=True)
+    if split.is_file():
+        seal(corpus, dataset, {corpus.name_of(split): digest_of(split)})
+
+
+def _fetch_file(corpus: Corpus, place: RemotePath, file: Path) -> None:
+    """Copy one file, if the store has it."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(FileNotFoundError), replacing(file) as temporary:
+        (place / corpus.name_of(file)).download(temporary)
 
 
 def _discard(corpus: Corpus, dataset: str) -> None:
@@ -159,14 +184,13 @@ def _base(corpus: Corpus, dataset: str) -> bytes | None:
     return _bytes(_base_file(corpus, dataset))
 
 
-def _remember(corpus: Corpus, dataset: str) -> None:
-    known = _bytes(corpus.manifest_file(dataset))
-    if known is None:
+def _remember(corpus: Corpus, dataset: str, manifest: bytes | None) -> None:
+    if manifest is None:
         _base_file(corpus, dataset).unlink(missing_ok=True)
         return
     _base_file(corpus, dataset).parent.mkdir(parents=True, exist_ok=True)
     with replacing(_base_file(corpus, dataset)) as temporary:
-        temporary.write_bytes(known)
+        temporary.write_bytes(manifest)
 
 
 def _manifest_bytes(place: RemotePath, corpus: Corpus, dataset: str) -> bytes | None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.query import load_catalog
 from catalog.remote import open_corpus, whole_copy
+from catalog.split import hold_out
 from catalog.store import RemotePath, StoreError
 from ingest.found import find_sources
 from ingest.journal import Stamp
 from ingest.lease import lease
+from ingest.names import name_key
 from ingest.outline import raw_folder
-from ingest.remote import working_copy
+from ingest.remote import kept_copy, working_copy
 from ingest.run import IngestReport, ingest_dataset, plan_ingest
 from ingest.task import IngestTask, run_task
 from ingest.verify import verify
@@ -301,6 +304,62 @@ def test_tables_and_possible_copies_are_fetched_with_their_times(bucket: RemoteP
     with raw_folder(bucket / "raw") as raw:
         raw.outline(DEMO)
         assert {name: Stamp.of(raw.folder / "demo" / name) for name in stamps} == stamps
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_nothing_overwrites_what_another_published_meanwhile(
+    local: Path, place: RemotePath, raw: Path, tmp_path: Path, proxy: Proxy
+) -> None:
+    ingest_to(place, raw, limit=1)
+    manifest = place / "catalog/dataset=demo/manifest.sha256"
+    with ExitStack() as stack:
+        corpus = stack.enter_context(working_copy(place, ["demo"], write=True))
+        plan = plan_ingest(DEMO, raw, corpus)
+        ingest_dataset(plan, corpus, NoCluster(), lambda *_: None)  # type: ignore[arg-type]
+        manifest.write(b"of somebody who took the lease while this process hung")
+        before = files_in(place, tmp_path)
+        with pytest.raises(SetupError, match="meanwhile"):
+            stack.close()
+    assert files_in(place, tmp_path) == before
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("path", ["c.0.0.0.0", "demo.parquet", "images.parquet", "/manifest.sha256"])
+def test_another_machine_ends_what_one_left_half_published(
+    local: Path,
+    place: RemotePath,
+    raw: Path,
+    tmp_path: Path,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+) -> None:
+    proxy.faults.append(Fault("status", method="PUT", path=path, times=99))
+    with pytest.raises((SetupError, StoreError)):
+        ingest_to(place, raw)
+    proxy.faults.clear()
+    elsewhere(monkeypatch, tmp_path)
+    ingest_to(place, raw)
+    assert files_in(place, tmp_path) == published_files(local)
+    assert findings(place) == []
+
+
+def test_another_machine_needs_the_key_of_the_names(
+    place: RemotePath, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: Proxy
+) -> None:
+    with working_copy(place, ["demo"], write=True) as corpus:
+        key = name_key(corpus)
+        hold_out(corpus, "demo", {"CT": ["one", "two"]})
+    kept = kept_copy(place).private / "names.key"
+    assert key.secret.hex().encode() not in (place / "private/names.sha256").read_bytes()
+    elsewhere(monkeypatch, tmp_path)
+    with pytest.raises(SetupError, match="another key"), working_copy(place, ["demo"], write=True) as corpus:
+        name_key(corpus)
+    with working_copy(place, ["demo"], write=True) as corpus:
+        assert name_key(corpus, kept) == key
+    with working_copy(place, ["demo"], write=False) as corpus:
+        assert name_key(corpus, keep=False) == key
+    assert not any(item.name.endswith(".key") for item in place.walk())
 
 
 def test_one_writer_at_a_time(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 
@@ -128,6 +129,11 @@ def test_what_keeps_failing_ends_in_one_clear_error(
     assert str(corpus) in message
     assert "a-known-user" not in message
     assert "a-secret" not in message
+
+
+def test_errors_cross_process_borders() -> None:
+    error = StoreError(errno.EIO, "it is down", "s3://bucket/key")
+    assert str(pickle.loads(pickle.dumps(error))) == "s3://bucket/key: it is down"
 
 
 def test_missing_bucket_missing_corpus_and_missing_shard(corpus: RemotePath, bucket: RemotePath) -> None:

@@ -592,6 +592,9 @@ def view(
     """
     from catalog.remote import open_corpus
     from catalog.view import find_image, picture_name, render
+    from ingest.journal import Journal
+    from ingest.ledger import path_behind
+    from ingest.remote import kept_copy
 
     image = find_image(open_corpus(data_dir), key, dataset)
     if save is not None and image.preview is None:
@@ -608,6 +611,9 @@ def view(
         _print_json(image.row | {"preview": saved})
         return
     render(image, _console())
+    ledger = Journal(kept_copy(data_dir), image.row["dataset"]).ledger_file
+    if os.access(ledger, os.R_OK | os.W_OK) and (path := path_behind(ledger, image.row["source_path"])):
+        _print(f"File, known to this corpus alone: {path}")
     _print(f"Preview: {saved}" if saved else "No preview: the image was not ingested.")
 
 

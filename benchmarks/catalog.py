@@ -64,7 +64,9 @@ def write_catalog(folder: Path, rows: int) -> None:
     (folder / "csv").mkdir(parents=True)
     for number in range(DATASETS):
         table = dataset_table(number, rows // DATASETS)
-        write_table(corpus.catalog_file(f"synthetic-{number:02d}"), table)
+        file = corpus.catalog_file(f"synthetic-{number:02d}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_table(file, table)
         pacsv.write_csv(table.select(CSV_COLUMNS), folder / "csv" / f"{number:02d}.csv")
 
 

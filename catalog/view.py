@@ -17,7 +17,7 @@ from rich.text import Text
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
-from catalog.query import load_catalog, read_table
+from catalog.query import load_catalog, load_dataset, read_table, remedy_of
 from catalog.schema import CATALOG_SCHEMA
 from catalog.store import Location
 
@@ -117,9 +117,7 @@ def _readings(corpus: Corpus, key: str) -> list[tuple[str, str]]:
 def _rows(corpus: Corpus, dataset: str, key: str) -> list[dict[str, Any]]:
     if dataset not in corpus.datasets():
         load_catalog(corpus, columns=["key"], datasets=[dataset])  # says what is missing
-    condition = pc.field("key") == key
-    remedy = f"Restore it, or delete it and type `make ingest DATASET={dataset}`."
-    table = read_table(corpus.catalog_file(dataset), remedy, CATALOG_SCHEMA.names, [condition])
+    table = load_dataset(corpus, dataset, CATALOG_SCHEMA.names, [pc.field("key") == key])
     return table.to_pylist()  # type: ignore[no-any-return]
 
 
@@ -129,8 +127,7 @@ def _preview(corpus: Corpus, dataset: str, key: str) -> bytes | None:
         file = corpus.origin / corpus.name_of(file)
     if not file.exists():
         return None
-    remedy = f"Restore it, or delete it and type `make ingest DATASET={dataset}`."
-    found: pa.Table = read_table(file, remedy, ["preview"], [pc.field("key") == key])
+    found: pa.Table = read_table(file, remedy_of(dataset), ["preview"], [pc.field("key") == key])
     return found["preview"][0].as_py() if found.num_rows else None
 
 

@@ -167,6 +167,16 @@ class FoundSources:
                 (self.spec.entry_hash(), normalisation_version),
             )
 
+    def note_aliases(self, journal: Journal) -> None:
+        """Keep what private names stand for where nobody exports it."""
+        if not self._number("SELECT EXISTS (SELECT 1 FROM source WHERE alias IS NOT NULL)"):
+            return
+        journal.ensure_ledger()
+        with attached(self._database, journal.ledger_file):
+            self._database.execute(
+                "INSERT OR REPLACE INTO ledger.name SELECT alias, path FROM source WHERE alias IS NOT NULL"
+            )
+
     def assign_packs(self, journal: Journal, pack_size: int) -> None:
         """Give every 2-D source its pack, fixed when it is first discovered.
 
@@ -260,8 +270,8 @@ class FoundSources:
         if repeated:
             self._database.execute(
                 # Of the globs of a group that match a path the first counts.
-                "DELETE FROM source WHERE (path, glob) NOT IN "
-                "(SELECT path, min(glob) FROM source GROUP BY path)"
+                "DELETE FROM source WHERE id NOT IN (SELECT id FROM (SELECT id, row_number() "
+                "OVER (PARTITION BY path ORDER BY glob, id) AS place FROM source) WHERE place = 1)"
             )
         # Some unpackers make a folder x.nii with x.nii in it: no image but the one inside. '0' comes after '/'.
         self._database.execute(

@@ -254,9 +254,8 @@ class Journal:
         yield _parts(held)
 
     def ensure_ledger(self) -> None:
-        """Make an empty ledger where there is none."""
-        if not self.ledger_file.exists():
-            update_ledger(self.ledger_file, [])
+        """Make an empty ledger where there is none, and the tables that an earlier one lacks."""
+        update_ledger(self.ledger_file, [])
 
     @property
     def ledger_file(self) -> Path:
@@ -275,10 +274,6 @@ class Journal:
             for array in arrays:
                 if f"{folder.name}/{array.name}" not in referenced:
                     shutil.rmtree(array.path) if array.is_dir() else Path(array.path).unlink()
-
-    def kept_files(self) -> list[Path]:
-        """What a run needs to know of earlier ones, between runs."""
-        return [self.ledger_file]
 
     @property
     def _runs(self) -> Path:

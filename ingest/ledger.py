@@ -26,6 +26,7 @@ CREATE TABLE IF NOT EXISTS done (
     failed INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS pack (path TEXT PRIMARY KEY, pack INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS name (alias TEXT PRIMARY KEY, path TEXT NOT NULL) WITHOUT ROWID;
 """
 _BUSY_SECONDS = 30
 
@@ -40,6 +41,28 @@ def update_ledger(file: Path, done: Iterable[DoneRow]) -> None:
         database.executescript(_SCHEMA)
         with database:
             database.executemany("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", done)
+
+
+def path_behind(file: Path, alias: str) -> str | None:
+    """The path that an alias stands for; None where this ledger, if there is one, does not know it.
+
+    Raises OSError when it cannot be read, SetupError when it is damaged.
+    """
+    if not file.exists():
+        return None
+    with _explained(file), closing(sqlite3.connect(file, timeout=_BUSY_SECONDS)) as database:
+        database.executescript(_SCHEMA)
+        row = database.execute("SELECT path FROM name WHERE alias = ?", (alias,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def copy_without_names(file: Path, target: Path) -> None:
+    """Make a ledger that knows all that another does but the paths behind aliases: for others to read."""
+    update_ledger(target, [])
+    with _explained(file), closing(sqlite3.connect(target, isolation_level=None)) as database:
+        database.execute("ATTACH ? AS known", (str(file),))
+        for table in ("done", "pack"):
+            database.execute(f"INSERT INTO {table} SELECT * FROM known.{table}")  # noqa: S608 - two constants
 
 
 def done_paths(file: Path) -> set[str]:

@@ -157,7 +157,10 @@ def at_hand(source: ImageSource, origin: RemotePath | None) -> Iterator[ImageSou
             ) from None
         except StoreError as error:
             if error.errno != errno.ESTALE:
-                raise
+                if source.alias is None:
+                    raise
+                # Messages reach logs, and the URL has a private name.
+                raise StoreError(error.errno, error.strerror, name_of(source)) from None
             raise FailedImage(
                 "vanished", f"{name_of(source)}: it was replaced while it was read. Repeat the command."
             ) from None

@@ -22,6 +22,7 @@ from catalog.scratch import NameSet
 from catalog.store import Location, RemotePath, StoreError
 from ingest.journal import Journal
 from ingest.lease import Lease, lease
+from ingest.ledger import copy_without_names
 from ingest.names import copy_key, fingerprint_file, write_fingerprint
 from shards.layout import METADATA_FILE, dataset_folder
 
@@ -118,9 +119,13 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> No
     held.check()
     _remove_unreferenced(corpus, place, dataset)
     write_fingerprint(corpus)
-    for file in (*Journal(corpus, dataset).kept_files(), fingerprint_file(corpus)):
-        if file.is_file():
-            (place / corpus.name_of(file)).write(file)
+    if fingerprint_file(corpus).is_file():
+        (place / corpus.name_of(fingerprint_file(corpus))).write(fingerprint_file(corpus))
+    ledger = Journal(corpus, dataset).ledger_file
+    if ledger.is_file():
+        with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
+            copy_without_names(ledger, Path(folder) / ledger.name)
+            (place / corpus.name_of(ledger)).write(Path(folder) / ledger.name)
 
 
 def _fetch(corpus: Corpus, place: RemotePath, dataset: str) -> None:
@@ -131,7 +136,7 @@ def _fetch(corpus: Corpus, place: RemotePath, dataset: str) -> None:
         corpus.split_file(dataset),
         corpus.next_manifest_file(dataset),
     ]
-    for file in (*published, *Journal(corpus, dataset).kept_files(), corpus.manifest_file(dataset)):
+    for file in (*published, Journal(corpus, dataset).ledger_file, corpus.manifest_file(dataset)):
         _fetch_file(corpus, place, file)
 
 

@@ -174,6 +174,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
             # Looked at again under the lock: a run that just ended, or was killed, may have done some of it.
             sources.compare(journal, corpus, NORMALISATION_VERSION)
             sources.assign_packs(journal, PACK_SIZE)
+            sources.note_aliases(journal)
             pending = sources.pending
             at_once = min(_VOLUMES_AT_ONCE, max(1, pending // (_TASKS_OF_A_WORKER * max(1, _workers(client)))))
             report = IngestReport(dataset, plan.found, plan.selected - pending)

@@ -83,11 +83,14 @@ def spoiled(pool: Sequence[Seed], case: int) -> Seed:
     return replace(seed, files=seed.files | {name: mutated(seed.files[name], name, random)})
 
 
+RECORDS = Path("private", "journal", "fuzz", "tasks", "run")
+
+
 def ingest_case(seed: Seed, folder: Path) -> Counter[tuple[str, str]]:
     """Run the task of one source in this process, shards and record included; what it raises stops a run."""
     from catalog.corpus import Corpus
     from ingest.source import ImageSource
-    from ingest.task import IngestTask, run_task
+    from ingest.task import IngestTask, Place, run_task
 
     raw, data = folder / "raw", folder / "data"
     raw.mkdir(parents=True)
@@ -104,15 +107,26 @@ def ingest_case(seed: Seed, folder: Path) -> Counter[tuple[str, str]]:
         modality="CT",
         upstream_modality="CT",
     )
-    (data / "private" / "journal" / "fuzz" / "tasks").mkdir(parents=True)
-    return run_task(IngestTask("task", "fuzz", Corpus(data), (source,), frozenset(), "0" * 64))
+    (data / RECORDS).mkdir(parents=True)
+    task = IngestTask(
+        name="task",
+        run=RECORDS.name,
+        dataset=source.dataset,
+        corpus=Corpus(data),
+        root=raw,
+        kinds=(source,),
+        places=(Place(source.path, source.key, source.subject, kind=0),),
+        validation_subjects=frozenset(),
+        entry_hash="0" * 64,
+    )
+    return run_task(task).outcomes
 
 
 def messages_of(folder: Path) -> list[str]:
     """Messages in the record that `ingest_case` left."""
     import pyarrow.parquet as pq
 
-    file = folder / "data" / "private" / "journal" / "fuzz" / "tasks" / "task.parquet"
+    file = folder / "data" / RECORDS / "task.parquet"
     return [message or "" for message in pq.read_table(file)["message"].to_pylist()]
 
 

@@ -33,6 +33,7 @@ ENTRY = r"""
 - id: hostile
   title: Files that no publisher means to send
   folder: hostile
+  private_names: false
   images:
     - &volumes
       globs: ["volumes/*.nii", "volumes/*.nii.gz"]

@@ -118,14 +118,22 @@ def test_no_name_and_no_attribute_gets_out(raw: Path, tmp_path: Path) -> None:
     assert len({row["subject"] for row in rows if row["status"] == "ingested"}) == 2
     key = next(row["key"] for row in rows if row["status"] == "ingested")
     assert re.fullmatch(r"[a-z2-7]{16}", key)
-    say("pumit-data", "view", key, "--data", corpus, "--save", corpus / "view.png")
+    shared = tmp_path / "shared"
+    shutil.copytree(corpus, shared, ignore=shutil.ignore_patterns("private"))
+    say("pumit-data", "view", key, "--data", shared, "--save", shared / "view.png")
+    own = run("pumit-data", "view", key, "--data", corpus, "--save", corpus / "view.png")
+    assert f"known to this corpus alone: {MARKER}_" in own.stdout, (
+        "who has the private folder can find the file"
+    )
     say(
         *("pumit-train", "tokenizer", "--preset", "tiny", "--data", corpus, "--run", corpus / "run"),
         *("--set", "steps=2", "--set", "optim.warmup_steps=1", "--set", "discriminator.optim.warmup_steps=1"),
     )
 
     leaks = [
-        where for where, text in [*everything_in(corpus), *printed] if MARKER in text or "19290521" in text
+        where
+        for where, text in [*everything_in(corpus), *everything_in(shared), *printed]
+        if MARKER in text or "19290521" in text
     ]
     assert leaks == []
 

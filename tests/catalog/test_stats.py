@@ -135,6 +135,7 @@ def test_files_give_what_their_rows_give(given_changes: list[Any], by: list[Any]
         corpus = Corpus(Path(folder))
         for dataset in {one["dataset"] for one in rows}:
             table = pa.Table.from_pylist([one for one in rows if one["dataset"] == dataset], CATALOG_SCHEMA)
+            corpus.catalog_file(dataset).parent.mkdir(parents=True, exist_ok=True)
             write_table(corpus.catalog_file(dataset), table, row_group_size=row_group)
         assert close(summarise_cells(survey_corpus(corpus, by), by), summarise(table_of(rows), by))
         audited = audit(survey_corpus(corpus, AUDITED, SPACINGS))

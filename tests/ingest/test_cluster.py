@@ -21,9 +21,9 @@ def test_workers_have_one_thread_each() -> None:
         import cv2
         import SimpleITK
 
-        from ingest.task import _use_one_thread
+        from ingest.task import use_one_thread
 
-        _use_one_thread()  # as every task begins
+        use_one_thread()  # as every task begins
         return {
             "opencv": cv2.getNumThreads(),
             "itk": SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads(),

@@ -103,7 +103,7 @@ def outcome(raw: Path, made: list[Hostile], data: Path) -> Outcome:
 
     def meddle() -> None:
         # Sources are read in the order of their keys, and these two have the last.
-        while not list(data.glob("private/journal/hostile/tasks/*.parquet")) and not ended.wait(0.002):
+        while not list(data.glob("private/journal/hostile/tasks/*/*.parquet")) and not ended.wait(0.002):
             pass
         vanishes.unlink()
         with grows.open("ab", buffering=0) as file:

@@ -64,7 +64,7 @@ def test_order_of_files_and_tasks_and_number_of_threads(
     raw = copy(samples, tmp_path / "elsewhere" / "raw", mixed)
     for threads in (1, 4):
         data = tmp_path / f"data-{threads}"
-        monkeypatch.setattr(ingest.task, "_use_one_thread", lambda threads=threads: cv2.setNumThreads(threads))
+        monkeypatch.setattr(ingest.task, "use_one_thread", lambda threads=threads: cv2.setNumThreads(threads))
         ingest_demo(raw, data, monkeypatch, backwards=True)
         assert published_files(data) == expected
     cv2.setNumThreads(1)

@@ -31,6 +31,7 @@ DATASET = {
     "id": "mixed",
     "title": "Samples under many names",
     "folder": "mixed",
+    "private_names": False,
     "images": [
         {
             "globs": ["*.nii.gz"],

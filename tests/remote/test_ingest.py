@@ -28,7 +28,7 @@ from ingest.found import find_sources
 from ingest.journal import Stamp
 from ingest.lease import lease
 from ingest.names import name_key
-from ingest.outline import raw_folder
+from ingest.outline import at_hand, raw_folder
 from ingest.remote import kept_copy, working_copy
 from ingest.run import IngestReport, ingest_dataset, plan_ingest
 from ingest.task import IngestTask, run_task
@@ -62,6 +62,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def place(bucket: RemotePath) -> RemotePath:
     return bucket / "corpus"
+
+
+def bucket_of(place: RemotePath) -> RemotePath:
+    return RemotePath(place.bucket, "")
 
 
 def ingest_to(place: RemotePath, raw: Path, limit: int | None = None) -> IngestReport:
@@ -360,6 +364,28 @@ def test_another_machine_needs_the_key_of_the_names(
     with working_copy(place, ["demo"], write=False) as corpus:
         assert name_key(corpus, keep=False) == key
     assert not any(item.name.endswith(".key") for item in place.walk())
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_private_paths_stay_on_the_machine(place: RemotePath, raw: Path, tmp_path: Path, proxy: Proxy) -> None:
+    spec = DEMO.model_copy(update={"private_names": True})
+    with working_copy(place, ["demo"], write=True) as corpus:
+        plan = plan_ingest(spec, raw, corpus, names=name_key(corpus))
+        ingest_dataset(plan, corpus, NoCluster(), lambda *_: None)  # type: ignore[arg-type]
+    (bucket_of(place) / "raw/demo/small.nii.gz").write(b"x")
+    proxy.faults.append(Fault("status", path="raw/demo/small", times=99))
+    with raw_folder(bucket_of(place) / "raw") as outlined:
+        outlined.outline(DEMO)
+        source = find_sources(spec, outlined.folder / "demo", name_key(kept_copy(place)))[0]
+        there = bucket_of(place) / "raw/demo"
+        with pytest.raises(StoreError) as caught, at_hand(source, there):
+            pass
+    assert "small" not in str(caught.value)
+    (bucket_of(place) / "raw/demo/small.nii.gz").unlink()
+    assert b"small.nii.gz" in (kept_copy(place).private / "journal/demo/ledger.sqlite").read_bytes()
+    for item in place.walk():
+        assert b"small" not in (place / item.name).read_bytes(), item.name
+        assert "small" not in item.name
 
 
 def test_one_writer_at_a_time(

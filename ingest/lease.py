@@ -22,6 +22,7 @@ from catalog.store import RemotePath, StoreError
 LEASE_SECONDS = 300.0
 _RENEWALS = 5
 """So often a lease is renewed before it would end."""
+_ATTEMPTS = 3
 
 
 class Lease:
@@ -77,17 +78,20 @@ class Lease:
     def _write(self, seconds: float) -> bool:
         until = time.time() + seconds
         content = json.dumps({"owner": self._owner, "host": socket.gethostname(), "until": until}).encode()
-        etag = self._file.write_if(content, self._etag)
-        if etag is None:
-            # An earlier attempt may have come through, though its answer did not.
+        for _ in range(_ATTEMPTS):
+            try:
+                etag = self._file.write_if(content, self._etag)
+            except StoreError:
+                etag = None
+            if etag is not None:
+                self._etag, self._until = etag, until
+                return True
+            # It may have come through all the same, though its answer did not.
             told, found = _read(self._file)
-            if told.get("owner") != self._owner:
+            if told.get("owner") != self._owner and found != self._etag:
                 return False
-            etag = self._file.write_if(content, found)
-            if etag is None:
-                return False
-        self._etag, self._until = etag, until
-        return True
+            self._etag = found
+        return False
 
 
 @contextmanager

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from catalog.errors import SetupError
+from catalog.store import Location, folder, location
 
 if TYPE_CHECKING:
     from ingest.estimate import Estimate
     from ingest.findings import Finding, Verification
+    from ingest.outline import RawFolder
     from ingest.run import IngestPlan, IngestReport
     from ingest.spec import DatasetSpec
     from ingest.task import Outcomes
@@ -49,15 +51,41 @@ train = typer.Typer(
 )
 
 RawOption = Annotated[
-    Path, typer.Option("--raw", envvar="PUMIT_RAW", help="Folder that holds one folder per dataset.")
+    Path,
+    typer.Option(
+        "--raw",
+        envvar="PUMIT_RAW",
+        parser=folder,
+        metavar="FOLDER",
+        help="Folder that holds one folder per dataset.",
+    ),
 ]
-DataOption = Annotated[Path, typer.Option("--data", envvar="PUMIT_DATA", help="The prepared corpus.")]
+DataOption = Annotated[
+    Any,  # a Location: Typer knows no unions
+    typer.Option(
+        "--data",
+        envvar="PUMIT_DATA",
+        parser=location,
+        metavar="FOLDER|URL",
+        help="The prepared corpus: a folder, or s3://BUCKET/PREFIX.",
+    ),
+]
+RawPlaceOption = Annotated[
+    Any,
+    typer.Option(
+        "--raw",
+        envvar="PUMIT_RAW",
+        parser=location,
+        metavar="FOLDER|URL",
+        help="Holds one folder per dataset: a folder, or s3://BUCKET/PREFIX.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @data.command("list")
 def list_datasets(
-    raw: RawOption = Path("raw"),
+    raw: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     modality: Annotated[
         str | None, typer.Option(help="Only datasets that have it: CT, MRI, MRI/T1 ...", show_default=False)
@@ -71,12 +99,14 @@ def list_datasets(
 
     A wide terminal shows more columns; --json has them all.
     """
-    from catalog.corpus import Corpus
+    from catalog.remote import open_corpus
+    from ingest.outline import raw_folder
     from ingest.show import chosen, list_as_json, list_table
     from ingest.spec import load_specs
 
-    ingested = set(Corpus(data_dir).datasets())
-    specs = chosen(load_specs(raw=raw).values(), modality, body_part)
+    ingested = set(open_corpus(data_dir).datasets())
+    with raw_folder(raw) as own:
+        specs = chosen(load_specs(raw=own.folder).values(), modality, body_part)
     if as_json:
         _print_json(list_as_json(specs, ingested))
     else:
@@ -86,18 +116,20 @@ def list_datasets(
 @data.command()
 def show(
     dataset: Annotated[str, typer.Argument(metavar="ID", help="Id as `pumit-data list` shows it.")],
-    raw: RawOption = Path("raw"),
+    raw: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     as_json: JsonOption = False,
 ) -> None:
     """Show all that is known of a dataset: where to get it, how to lay it out, what to cite."""
-    from catalog.corpus import Corpus
+    from catalog.remote import open_corpus
+    from ingest.outline import raw_folder
     from ingest.show import as_json as spec_as_json
     from ingest.show import render
     from ingest.spec import get_spec
 
-    spec = get_spec(dataset, raw)
-    ingested = spec.id in Corpus(data_dir).datasets()
+    with raw_folder(raw) as own:
+        spec = get_spec(dataset, own.folder)
+    ingested = spec.id in open_corpus(data_dir).datasets()
     _print_json(spec_as_json(spec, ingested)) if as_json else render(spec, ingested, _console())
 
 
@@ -144,7 +176,7 @@ def plan(
 
     Figures are what is on disk, in the catalog or published; what nobody tells is shown as unknown.
     """
-    from catalog.corpus import Corpus
+    from catalog.remote import open_corpus
     from ingest.forecast import Speeds, forecast
     from ingest.forecast import as_json as forecasts_as_json
     from ingest.forecast_report import render
@@ -155,7 +187,7 @@ def plan(
     specs = [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
     if everything:
         specs = [spec for spec in load_specs(raw=raw).values() if spec.left_out is None]
-    corpus, speeds = Corpus(data_dir), Speeds()
+    corpus, speeds = open_corpus(data_dir), Speeds()
     forecasts = [forecast(spec, raw, corpus, speeds) for spec in specs]
     _print_json(forecasts_as_json(forecasts, speeds)) if as_json else render(forecasts, speeds, _console())
 
@@ -217,7 +249,7 @@ def ingest(
     all_datasets: Annotated[
         bool, typer.Option("--all", help="Every dataset whose folder is there, instead of ids.")
     ] = False,
-    raw: RawOption = Path("raw"),
+    raw_place: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     workers: Annotated[
         int | None,
@@ -242,29 +274,38 @@ def ingest(
     as_json: JsonOption = False,
 ) -> None:
     """Normalise images into shards and catalog. Repeat the call to go on, or to add new files."""
-    from catalog.corpus import Corpus
+    from contextlib import ExitStack
+
     from ingest.names import name_key
+    from ingest.outline import raw_folder
+    from ingest.remote import working_copy
     from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
     from ingest.run import plan_ingest
     from ingest.spec import get_spec
 
     if all_datasets == bool(datasets):
         raise SetupError("say which datasets: either ids, as `pumit-data list` shows them, or --all.")
-    corpus = Corpus(data_dir)
-    specs = (
-        _specs_present(raw) if all_datasets else [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
-    )
-    private = any(spec.private_names for spec in specs)
-    names = name_key(corpus, names_key, keep=not dry_run) if private else None
-    plans = [plan_ingest(spec, raw, corpus, only, limit, names) for spec in specs]
-    if dry_run:
-        estimates = _estimates(plans, corpus, workers)
-        if as_json:
-            _print_json(plans_as_json(plans, estimates))
-        else:
-            render_plans(plans, estimates, _console())
-        return
-    reports = _run_plans(plans, corpus, workers, scheduler)
+    with ExitStack() as stack:
+        raw = stack.enter_context(raw_folder(raw_place))
+        specs = (
+            _specs_present(raw)
+            if all_datasets
+            else [get_spec(name, raw.folder) for name in dict.fromkeys(datasets or ())]
+        )
+        for spec in specs:
+            raw.outline(spec)
+        corpus = stack.enter_context(working_copy(data_dir, [spec.id for spec in specs], write=not dry_run))
+        private = any(spec.private_names for spec in specs)
+        names = name_key(corpus, names_key, keep=not dry_run) if private else None
+        plans = [plan_ingest(spec, raw.folder, corpus, only, limit, names, raw.origin) for spec in specs]
+        if dry_run:
+            estimates = _estimates(plans, corpus, workers)
+            if as_json:
+                _print_json(plans_as_json(plans, estimates))
+            else:
+                render_plans(plans, estimates, _console())
+            return
+        reports = _run_plans(plans, corpus, workers, scheduler)
     _print_json(reports_as_json(reports)) if as_json else render_reports(reports, _console())
     if any(status == "failed" for report in reports for status, _ in report.total):
         raise typer.Exit(SOME_FAILED)
@@ -278,7 +319,7 @@ def verify(
     datasets: Annotated[
         list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
     ] = None,
-    raw: RawOption = Path("raw"),
+    raw: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     deep: Annotated[
         bool, typer.Option("--deep", help="Also decode all voxels and compute their statistics anew.")
@@ -297,21 +338,30 @@ def verify(
     The raw folder is needed for --repair, and for entries of your own in its datasets.yaml.
     """
     from catalog.corpus import Corpus
+    from catalog.remote import whole_copy
     from ingest.findings import render_verification, verification_as_json
+    from ingest.outline import raw_folder
     from ingest.repair import repair as mend
     from ingest.spec import load_specs
     from ingest.verify import verify as read_back
 
-    corpus, specs = Corpus(data_dir), load_specs(raw=raw)
+    if repair and not (isinstance(data_dir, Path) and isinstance(raw, Path)):
+        raise SetupError(
+            f"{data_dir}, {raw}: only a corpus in a folder is repaired, from a folder. Elsewhere, delete the "
+            "damaged objects and ingest again, which makes them anew."
+        )
+    with raw_folder(raw) as own:
+        specs = load_specs(raw=own.folder)
 
     def checked(chosen: list[str] | None) -> Verification:
-        with _byte_bar("verify") as progress:
+        with whole_copy(data_dir) as corpus, _byte_bar("verify") as progress:
             return read_back(corpus, specs, chosen, deep=deep, workers=workers, progress=progress)
 
     outcome = checked(datasets or None)
     repaired: list[Finding] = []
     problems: list[str] = []
     if repair and outcome.findings:
+        corpus = Corpus(data_dir)
         problems = mend(
             corpus, specs, raw, outcome, workers, lambda plans: _run_plans(plans, corpus, workers, None)
         )
@@ -330,10 +380,10 @@ def runs(data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> No
     """List past ingests of a corpus: what, how many, how long, with which version."""
     from dataclasses import asdict
 
-    from catalog.corpus import Corpus
+    from ingest.remote import kept_copy
     from ingest.runs import past_runs, render, runs_folder
 
-    corpus = Corpus(data_dir)
+    corpus = kept_copy(data_dir)
     found = list(past_runs(corpus))
     if as_json:
         _print_json([asdict(run) for run in found])
@@ -371,14 +421,14 @@ def stats(
     --by groups by any of dataset, modality, body_part, dimension, da_level and split, and adds shapes. --csv
     without it is by dataset; --markdown without it is the table of datasets that papers have.
     """
-    from catalog.corpus import Corpus
     from catalog.output import batches_of, write_csv
+    from catalog.remote import open_corpus
     from catalog.stats import AUDITED, PAPER, SPACINGS, audit, grouping, summarise_cells
     from catalog.stats_tables import markdown_groups, markdown_paper, render, render_groups
     from catalog.survey import survey_corpus
 
     _one_format({"--json": as_json, "--csv": as_csv, "--markdown": as_markdown})
-    corpus = Corpus(data_dir)
+    corpus = open_corpus(data_dir)
     if by is None and as_csv:
         by = "dataset"
     if by is not None:
@@ -423,12 +473,12 @@ def report(
     """
     from rich.filesize import decimal
 
-    from catalog.corpus import Corpus
+    from catalog.remote import open_corpus
     from catalog.report.facts import report_facts
     from catalog.report.page import write_page
     from ingest.reasons import EXCLUSIONS, FAILURES
 
-    facts = report_facts(Corpus(data_dir), where, EXCLUSIONS | FAILURES)
+    facts = report_facts(open_corpus(data_dir), where, EXCLUSIONS | FAILURES)
     with _writing(output):
         size = write_page(facts, output)
     shown, images = facts["sheet"]["shown"], facts["sheet"]["images"]
@@ -453,11 +503,11 @@ def query(
     Nothing but the catalog can be read, and nothing written: no other files, no network, no settings.
     """
     from catalog import output as formats
-    from catalog.corpus import Corpus
+    from catalog.remote import open_corpus
     from catalog.sql import query as run_query
 
     _one_format({"--output": output is not None, "--csv": as_csv, "--json": as_json})
-    result = run_query(Corpus(data_dir), sql)
+    result = run_query(open_corpus(data_dir), sql)
     if output is not None:
         with _writing(output):
             formats.write_file(result, output)
@@ -569,13 +619,13 @@ def view(
 
     With --json, the preview is saved only where --save asks.
     """
-    from catalog.corpus import Corpus
+    from catalog.remote import open_corpus
     from catalog.view import find_image, picture_name, render
     from ingest.journal import Journal
     from ingest.ledger import path_behind
+    from ingest.remote import kept_copy
 
-    corpus = Corpus(data_dir)
-    image = find_image(corpus, key, dataset)
+    image = find_image(open_corpus(data_dir), key, dataset)
     if save is not None and image.preview is None:
         raise SetupError(
             f"{image.row['dataset']}/{image.row['key']} has no preview, for it is {image.row['status']} "
@@ -590,7 +640,7 @@ def view(
         _print_json(image.row | {"preview": saved})
         return
     render(image, _console())
-    ledger = Journal(corpus, image.row["dataset"]).ledger_file
+    ledger = Journal(kept_copy(data_dir), image.row["dataset"]).ledger_file
     if os.access(ledger, os.R_OK | os.W_OK) and (path := path_behind(ledger, image.row["source_path"])):
         _print(f"File, known to this corpus alone: {path}")
     _print(f"Preview: {saved}" if saved else "No preview: the image was not ingested.")
@@ -640,7 +690,7 @@ def _train(
     kind: Literal["tokenizer", "mim"],
     preset: str,
     settings: list[str] | None,
-    data_dir: Path,
+    data_dir: Location,
     run: Path,
     resume: bool,
 ) -> None:
@@ -655,18 +705,20 @@ def _train(
     )
 
 
-def _specs_present(raw: Path) -> list[DatasetSpec]:
+def _specs_present(raw: RawFolder) -> list[DatasetSpec]:
     """The datasets that --all stands for; says which it leaves out."""
     from ingest.discover import why_left_out
     from ingest.spec import load_specs
 
-    specs = load_specs(raw=raw).values()
-    reasons = {spec.id: why_left_out(spec, raw) for spec in specs}
+    specs = load_specs(raw=raw.folder).values()
+    for spec in specs:
+        raw.outline(spec)
+    reasons = {spec.id: why_left_out(spec, raw.folder) for spec in specs}
     for reason in sorted({reason for reason in reasons.values() if reason is not None}):
         ids = ", ".join(name for name, why in reasons.items() if why == reason)
-        _console(stderr=True).print(f"Left out, {reason} in {raw}: {ids}", markup=False)
+        _console(stderr=True).print(f"Left out, {reason} in {raw.place}: {ids}", markup=False)
     if not (present := [spec for spec in specs if reasons[spec.id] is None]):
-        raise SetupError(f"{raw} has no folder of any dataset. `pumit-data list` shows what is known.")
+        raise SetupError(f"{raw.place} has no folder of any dataset. `pumit-data list` shows what is known.")
     return present
 
 

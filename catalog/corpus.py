@@ -5,16 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from catalog.store import Location, RemotePath
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """The folder given as `--data`: catalog, shards, splits, and what never leaves the machine."""
+    """The place given as `--data`: catalog, shards, splits, and what never leaves the machine."""
 
     root: Path
+    """Folder of all files; of a corpus in an object store, of copies of all but the shards."""
+    origin: RemotePath | None = None
+    """Where the corpus lies, if not in `root`."""
 
     @property
-    def shards(self) -> Path:
+    def place(self) -> Location:
+        """What the user knows it by."""
+        return self.root if self.origin is None else self.origin
+
+    @property
+    def shards(self) -> Location:
+        return self.place / "shards"
+
+    @property
+    def shards_folder(self) -> Path:
+        """As `shards`, for those who only work on a corpus in a folder."""
         return self.root / "shards"
+
+    def name_of(self, path: Location) -> str:
+        """A path of the corpus, relative to it."""
+        if isinstance(path, Path):
+            return path.relative_to(self.root).as_posix()
+        if self.origin is None:
+            raise ValueError(f"{path} is not below {self.root}")
+        return path.relative_to(self.origin).as_posix()
 
     @property
     def private(self) -> Path:

@@ -30,6 +30,7 @@ from catalog.corpus import Corpus
 from catalog.durable import remove_unfinished, replacing, sync, unfinished
 from catalog.errors import SetupError
 from catalog.merge import regrouped
+from catalog.store import Location
 
 MANIFEST_VERSION = 1
 
@@ -170,7 +171,7 @@ def seal(corpus: Corpus, dataset: str, digests: Digests) -> None:
     sync(corpus.manifest_file(dataset).parent)
 
 
-def digest_of(path: Path) -> str:
+def digest_of(path: Location) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.schema import CATALOG_SCHEMA, SCHEMA_VERSION
+from catalog.store import Location, RemotePath, StoreError
 
 Status = Literal["ingested", "excluded", "failed"]
 Split = Literal["train", "validation"]
@@ -59,13 +60,13 @@ def dataset_ids(corpus: Corpus, wanted: Collection[str] | None = None) -> list[s
     present = corpus.datasets()
     if not present:
         raise SetupError(
-            f"there is no catalog below {corpus.root / 'catalog'}. "
+            f"there is no catalog below {corpus.place / 'catalog'}. "
             "Type `make ingest DATASET=...` with the id of a dataset (`pumit-data list`), or give --data."
         )
     ids = present if wanted is None else sorted(set(wanted))
     if missing := [dataset for dataset in ids if dataset not in present]:
         commands = ", ".join(f"`make ingest DATASET={dataset}`" for dataset in missing)
-        raise SetupError(f"{corpus.root} has no catalog of {', '.join(missing)}. Type {commands}.")
+        raise SetupError(f"{corpus.place} has no catalog of {', '.join(missing)}. Type {commands}.")
     return ids
 
 
@@ -91,7 +92,7 @@ def remedy_of(dataset: str) -> str:
 
 
 def read_table(
-    path: Path,
+    path: Location,
     remedy: str,
     columns: Sequence[str] | None = None,
     conditions: Sequence[pc.Expression] = (),
@@ -106,7 +107,10 @@ def read_table(
     version.
     """
     try:
-        with pq.ParquetFile(path, read_dictionary=list(dictionaries), page_checksum_verification=True) as file:
+        source = path.open() if isinstance(path, RemotePath) else path
+        with pq.ParquetFile(
+            source, read_dictionary=list(dictionaries), page_checksum_verification=True
+        ) as file:
             found = file.schema_arrow
             wanted, added = _wanted(found, _version(path, found, remedy), columns, schema)
             names = None if wanted is None else [name for name in wanted if name in found.names]
@@ -115,14 +119,14 @@ def read_table(
                 table = file.read(names)
                 return _completed(table if names is None else table.select(names), wanted, added)
         table = pq.read_table(
-            path,
+            source,
             columns=names,
             filters=functools.reduce(operator.and_, conditions),
             partitioning=None,  # `dataset=...` in the path repeats a column that the file has
             read_dictionary=list(dictionaries),
             page_checksum_verification=True,
         )
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, StoreError):
         raise
     except (
         pa.ArrowException,
@@ -190,7 +194,7 @@ def _completed(table: pa.Table, wanted: list[str] | None, added: Sequence[pa.Fie
     return table.select(wanted) if added else table
 
 
-def _version(path: Path, schema: pa.Schema, remedy: str) -> int:
+def _version(path: Location, schema: pa.Schema, remedy: str) -> int:
     text = (schema.metadata or {}).get(b"pumit_schema_version", b"")
     if not text.isdigit() or int(text) < 1:
         raise SetupError(f"{path} does not say of which version of the catalog it is. {remedy}")

@@ -416,6 +416,13 @@ def _lines(spec: DatasetSpec, table: Table, file: Path) -> Iterator[tuple[int, d
         raise SetupError(f"{spec.id}: {file} cannot be read as CSV: {error}.") from error
 
 
+def files_opened(spec: DatasetSpec, root: Path) -> list[Path]:
+    """The files that `find_sources` reads: tables, and lists of channels."""
+    globs = [glob for group in spec.images if group.table is not None for glob in group.table.files]
+    globs += [group.channels.file for group in spec.images if group.channels is not None]
+    return sorted({file for glob in globs for file in _glob(root, glob)})
+
+
 def listed_folders(spec: DatasetSpec, root: Path) -> set[str]:
     """All folders that the tables of a dataset list, wanted or not, relative to the root.
 

@@ -339,19 +339,18 @@ class FoundSources:
         A user may have deleted a damaged one so that ingest writes it anew.
         """
         from catalog.query import read_batches, remedy_of
+        from shards.check import arrays_there
 
         self._database.execute("DELETE FROM stored")
         file = corpus.catalog_file(self.spec.id)
         if not file.exists():
             return
-        there = functools.lru_cache(maxsize=1024)(
-            lambda shard: shard is None or (corpus.shards / shard).is_dir()
-        )
+        stored = functools.lru_cache(maxsize=1024)(arrays_there(corpus.shards, self.spec.id))
         for table in read_batches(file, remedy_of(self.spec.id), ["source_path", "shard_path"]):
             paths, shards = table["source_path"].to_pylist(), table["shard_path"].to_pylist()
             self._database.executemany(
                 "INSERT INTO stored VALUES (?, ?) ON CONFLICT DO UPDATE SET whole = min(whole, excluded.whole)",
-                ((path, there(shard)) for path, shard in zip(paths, shards, strict=True)),
+                ((path, shard is None or stored(shard)) for path, shard in zip(paths, shards, strict=True)),
             )
 
     def _group(self, pack: int | None, rows: list[_Row]) -> Group:

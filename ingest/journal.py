@@ -117,7 +117,7 @@ class Journal:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SetupError(
-                    f"{self.dataset}: another ingest into {self.corpus.root}, or a `verify`, is running. "
+                    f"{self.dataset}: another ingest into {self.corpus.place}, or a `verify`, is running. "
                     "Wait for it to end."
                 ) from error
             yield
@@ -267,7 +267,7 @@ class Journal:
         Args:
             referenced: shard paths relative to `shards/`.
         """
-        folder = self.corpus.shards / dataset_folder(self.dataset)
+        folder = self.corpus.shards_folder / dataset_folder(self.dataset)
         if not folder.is_dir():
             return
         with os.scandir(folder) as arrays:

@@ -56,6 +56,15 @@ def path_behind(file: Path, alias: str) -> str | None:
     return None if row is None else str(row[0])
 
 
+def copy_without_names(file: Path, target: Path) -> None:
+    """Make a ledger that knows all that another does but the paths behind aliases: for others to read."""
+    update_ledger(target, [])
+    with _explained(file), closing(sqlite3.connect(target, isolation_level=None)) as database:
+        database.execute("ATTACH ? AS known", (str(file),))
+        for table in ("done", "pack"):
+            database.execute(f"INSERT INTO {table} SELECT * FROM known.{table}")  # noqa: S608 - two constants
+
+
 def done_paths(file: Path) -> set[str]:
     """Source paths of all that was done, as the catalog has them; none where there is no ledger."""
     if not file.exists():

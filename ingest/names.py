@@ -30,6 +30,10 @@ class NameKey:
 
     secret: bytes = field(repr=False)
 
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(b"PUMIT-data names key\0" + self.secret).hexdigest()
+
     def id(self, dataset: str, kind: Literal["key", "subject", "path"], name: str) -> str:
         """Id of a name: lower-case letters and digits."""
         message = "\0".join((dataset, kind, name)).encode()
@@ -47,7 +51,7 @@ def name_key(corpus: Corpus, given: Path | None = None, *, keep: bool = True) ->
     Raises:
         SetupError: the file holds no key, cannot be read, or is another than the corpus was made with.
     """
-    file = corpus.private / "names.key"
+    file = _key_file(corpus)
     present = _read(file) if file.exists() else None
     if given is not None:
         wanted = _read(given)
@@ -59,9 +63,36 @@ def name_key(corpus: Corpus, given: Path | None = None, *, keep: bool = True) ->
         present_or_new = wanted
     else:
         present_or_new = present or NameKey(secrets.token_bytes(_BYTES))
+    known = fingerprint_file(corpus)
+    if known.is_file() and known.read_text(encoding="ascii") != present_or_new.fingerprint:
+        raise SetupError(
+            f"{corpus.place} was made with another key; with two keys one image would have two names. Give "
+            "that of the machine where it was made first: --names-key FILE."
+        )
     if keep and present is None:
         _write(file, present_or_new)
     return present_or_new
+
+
+def fingerprint_file(corpus: Corpus) -> Path:
+    """What tells other machines that write the same corpus whether they have its key, and not the key."""
+    return corpus.private / "names.sha256"
+
+
+def write_fingerprint(corpus: Corpus) -> None:
+    """Note the fingerprint of the key of a corpus, if it has one."""
+    if _key_file(corpus).is_file():
+        fingerprint_file(corpus).write_text(_read(_key_file(corpus)).fingerprint, encoding="ascii")
+
+
+def copy_key(source: Corpus, target: Corpus) -> None:
+    """Give one corpus the key of another, if that has one."""
+    if _key_file(source).is_file():
+        _write(_key_file(target), _read(_key_file(source)))
+
+
+def _key_file(corpus: Corpus) -> Path:
+    return corpus.private / "names.key"
 
 
 def _read(file: Path) -> NameKey:

@@ -85,7 +85,7 @@ def measure(kind: FileKind) -> Speed:
             if set(outcomes) != {("ingested", "")}:
                 raise AssertionError(f"the generated {kind} image came out as {dict(outcomes)}")
         size = Stamp.of(source.file).size
-        prepared = sum(path.stat().st_size for path in corpus.shards.rglob("*") if path.is_file())
+        prepared = sum(path.stat().st_size for path in corpus.shards_folder.rglob("*") if path.is_file())
         return Speed(size / seconds, prepared / size)
 
 

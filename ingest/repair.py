@@ -216,7 +216,7 @@ class _Mender:
 
         settle(self._corpus, self._dataset)
         self._journal.merge()
-        remove_leftovers(self._corpus.shards, self._dataset)
+        remove_leftovers(self._corpus.shards_folder, self._dataset)
         for finding in findings:
             path = self._corpus.root / finding.file
             if finding.kind == "stray" and path.name.startswith(".tmp-") and path.is_file():
@@ -250,7 +250,7 @@ class _Mender:
         for path, shape, index, sha256 in zip(*columns, strict=True):
             if path is not None and sha256 is None and path not in known:
                 chunk = volume_chunk(tuple(shape)) if index is None else pack_chunk(tuple(shape))
-                file = self._corpus.shards / path / SHARD_FILE
+                file = self._corpus.shards_folder / path / SHARD_FILE
                 try:
                     known[path] = checked_digest(file, chunk_grid(tuple(shape), chunk))[1]
                 except (ValueError, OSError):
@@ -380,7 +380,7 @@ class _Mender:
         merge_dataset(self._corpus, self._dataset, [], [], reread=paths)
         shared = set(others["shard_path"].to_pylist())
         for path in set(concerned["shard_path"].to_pylist()) - {None} - shared:
-            shutil.rmtree(self._corpus.shards / path, ignore_errors=True)
+            shutil.rmtree(self._corpus.shards_folder / path, ignore_errors=True)
         return [planned(sources.spec, self._corpus, sources)]
 
     def _name(self, path: Path) -> str:
@@ -437,7 +437,7 @@ def remake_array(corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSou
     for key, source_hash in hashes.items():
         if key not in images or images[key].row["source_hash"] != source_hash:
             return f"the raw file of {key} has changed since. `pumit-data ingest` takes the new one."
-    target = corpus.shards / rows[0]["shard_path"]
+    target = corpus.shards_folder / rows[0]["shard_path"]
     scratch = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     voxels = [images[row["key"]].voxels for row in rows]
     try:

@@ -23,7 +23,7 @@ def plans_as_json(plans: Sequence[IngestPlan], estimates: Sequence[Estimate]) ->
     return [
         {
             "dataset": plan.spec.id,
-            "folder": str(plan.root),
+            "folder": str(plan.origin or plan.root),
             "found": plan.found,
             "selected": plan.selected,
             "pending": plan.pending,

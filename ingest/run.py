@@ -17,13 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.scratch import NameSet
+from catalog.store import RemotePath, StoreError
 from ingest.discover import dataset_root
 from ingest.drive import run_tasks
 from ingest.found import FoundSources, Group
@@ -65,6 +66,8 @@ class IngestPlan:
     """Size of the pending files; one that is gone counts nothing, its task will say so."""
     arguments: tuple[str, ...]
     """The options that narrowed it down."""
+    origin: RemotePath | None = None
+    """Where the images lie, if `root` only outlines them."""
 
 
 @dataclass
@@ -91,6 +94,7 @@ def plan_ingest(
     only: str | None = None,
     limit: int | None = None,
     names: NameKey | None = None,
+    origin: RemotePath | None = None,
 ) -> IngestPlan:
     """Find the sources of a dataset and what is left to do.
 
@@ -98,6 +102,7 @@ def plan_ingest(
         only: regular expression; sources whose key matches somewhere are selected.
         limit: at most so many sources, the first by key.
         names: makes the ids of a dataset whose names are private.
+        origin: where the images lie, if `raw` only outlines them.
 
     Raises:
         SetupError: missing or empty raw folder, bad regular expression.
@@ -111,7 +116,8 @@ def plan_ingest(
     sources.select(pattern, limit)
     options = {"--only": only, "--limit": limit}
     arguments = tuple(f"{name}={value}" for name, value in options.items() if value is not None)
-    return planned(spec, corpus, sources, arguments)
+    place = None if origin is None else origin / root.relative_to(raw.absolute()).as_posix()
+    return replace(planned(spec, corpus, sources, arguments), origin=place)
 
 
 def planned(
@@ -154,7 +160,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     from shards.write import remove_leftovers
 
     dataset, sources = plan.spec.id, plan.sources
-    corpus = Corpus(corpus.root.absolute())  # workers may have been started elsewhere
+    corpus = replace(corpus, root=corpus.root.absolute())  # workers may have been started elsewhere
     journal = Journal(corpus, dataset)
     with (
         _explained(dataset, corpus),
@@ -163,7 +169,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     ):
         settle(corpus, dataset)
         with journal.run() as run:
-            remove_leftovers(corpus.shards, dataset)
+            remove_leftovers(corpus.shards_folder, dataset)
             held_out = hold_out(corpus, dataset, sources.subjects())
             # Looked at again under the lock: a run that just ended, or was killed, may have done some of it.
             sources.compare(journal, corpus, NORMALISATION_VERSION)
@@ -193,6 +199,7 @@ def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: fr
         dataset=plan.spec.id,
         corpus=corpus,
         root=plan.root,
+        origin=plan.origin,
         kinds=group.kinds,
         places=group.places,
         validation_subjects=held_out & {place.subject for place in group.places},
@@ -251,8 +258,11 @@ def _explained(dataset: str, corpus: Corpus) -> Iterator[None]:
         except sqlite3.Error as error:
             raise as_known_error(error) from error
     except OSError as error:
-        where = error.filename or corpus.root
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or corpus.place
+        if isinstance(error, StoreError):
+            advice = "Repeat the command once this is mended: it goes on where it stopped."
+            problem = f"{error}."
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "Free some space and repeat the command: it goes on where it stopped."
             problem = f"no space left while writing {where}. What was written before stays valid."
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

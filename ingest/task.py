@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from catalog.corpus import Corpus
+from catalog.store import RemotePath
 from ingest.journal import Journal, Stamp
 from ingest.readers import name
 from ingest.reasons import ExcludedImage, FailedImage, full_message
@@ -83,6 +84,8 @@ class IngestTask:
     validation_subjects: frozenset[str]
     """Held-out subjects among those of `sources`."""
     entry_hash: str
+    origin: RemotePath | None = None
+    """Where the images lie, if the folder of `sources` only outlines them."""
 
     @property
     def sources(self) -> list[ImageSource]:
@@ -214,6 +217,14 @@ def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
         raise _failure(source, error) from None
 
 
+def _fetched_images(task: IngestTask, source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
+    """As `images_of`, wherever the files lie. Raises also StoreError."""
+    from ingest.outline import at_hand
+
+    with at_hand(source, task.origin) as local:
+        yield from images_of(local)
+
+
 def _failure(source: ImageSource, error: Exception) -> FailedImage:
     """The outcome of an image that met `error`. Its text may quote the file, so only its type is told."""
     if isinstance(error, FailedImage):
@@ -237,7 +248,8 @@ def _volume_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
     for source in task.sources:
         try:
             yield from [
-                image if isinstance(image, dict) else _write_volume(task, image) for image in images_of(source)
+                image if isinstance(image, dict) else _write_volume(task, image)
+                for image in _fetched_images(task, source)
             ]
         except OSError:
             raise
@@ -276,7 +288,7 @@ def _pack_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
 
     for source in task.sources:
         try:
-            images = list(images_of(source))  # whole, for only then it is known to be good
+            images = list(_fetched_images(task, source))  # whole, for only then it is known to be good
         except FailedImage as outcome:
             yield _failed_row(source, outcome)
             continue

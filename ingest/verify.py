@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -22,8 +21,10 @@ from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.manifest import DamagedManifestError, accepted_digests, digest_of, read_manifest, surviving_digests
 from catalog.spacing import da_level, degree_of_anisotropy
+from catalog.store import Location, RemotePath, StoreError
 from ingest.findings import Amount, Finding, Kind, Verification
 from ingest.journal import Journal
+from ingest.lease import refuse_writer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,11 +75,11 @@ def verify(
     known = _datasets(corpus)
     if not known:
         raise SetupError(
-            f"there is no corpus in {corpus.root}. Type `make ingest DATASET=...` with the id of a dataset "
+            f"there is no corpus in {corpus.place}. Type `make ingest DATASET=...` with the id of a dataset "
             "(`pumit-data list`), or give --data."
         )
     if unknown := sorted(set(datasets or ()) - set(known)):
-        raise SetupError(f"{corpus.root} holds nothing of {', '.join(unknown)}, only {', '.join(known)}.")
+        raise SetupError(f"{corpus.place} holds nothing of {', '.join(unknown)}, only {', '.join(known)}.")
     chosen = known if datasets is None else sorted(set(datasets))
     outcome = Verification(chosen, deep)
     count = workers or len(os.sched_getaffinity(0))
@@ -107,9 +108,11 @@ class _Work:
     total: int
     progress: Progress
 
-    def found(self, path: Path, kind: Kind, problem: str, remedy: str = "", keys: Iterable[str] = ()) -> None:
+    def found(
+        self, path: Location, kind: Kind, problem: str, remedy: str = "", keys: Iterable[str] = ()
+    ) -> None:
         names = tuple(keys)
-        file = path.relative_to(self.corpus.root).as_posix()
+        file = self.corpus.name_of(path)
         default = f"pumit-data verify {self.dataset} --repair --raw ..."
         self.outcome.findings.append(
             Finding(self.dataset, file, kind, problem, remedy or default, len(names), names)
@@ -128,7 +131,7 @@ class _Work:
 class _Array:
     """One array and the rows it holds voxels of; travels to a worker."""
 
-    shards: Path
+    shards: Location
     path: str
     rows: list[Row]
     deep: bool
@@ -275,14 +278,15 @@ def _stray_tops(corpus: Corpus, known: Collection[str]) -> Iterator[Finding]:
     """What lies directly in catalog/, splits/ and shards/ and belongs to no dataset."""
     from shards.layout import dataset_folder
 
-    ours = {corpus.split_file(dataset) for dataset in known}
+    ours: set[Location] = {corpus.split_file(dataset) for dataset in known}
     ours |= {corpus.shards / dataset_folder(dataset) for dataset in known}
     ours |= {corpus.catalog_file(dataset).parent for dataset in known}
-    ours |= {split.with_name(f".tmp-{split.name}") for split in ours}  # these are told of with their dataset
-    for folder in (corpus.root / "catalog", corpus.split_file("x").parent, corpus.shards):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    ours |= {split.parent / f".tmp-{split.name}" for split in ours}  # these are told of with their dataset
+    folders: list[Location] = [corpus.root / "catalog", corpus.split_file("x").parent, corpus.shards]
+    for folder in folders:
+        for path in _children(folder):
             if path not in ours:
-                name = path.relative_to(corpus.root).as_posix()
+                name = corpus.name_of(path)
                 yield Finding("", name, "stray", "no file of a corpus", "move it elsewhere or delete it")
 
 
@@ -304,7 +308,7 @@ def _stray_arrays(work: _Work, referenced: set[str | None]) -> None:
     from shards.layout import dataset_folder
 
     folder = work.corpus.shards / dataset_folder(work.dataset)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in _children(folder):
         if f"{folder.name}/{path.name}" not in referenced:
             remedy = f"pumit-data verify {work.dataset} --repair removes it, as the next ingest does"
             work.found(path, "stray", "no row of the catalog names it", remedy)
@@ -402,14 +406,23 @@ def _check_array(array: _Array) -> _ArrayOutcome:
             stored_bytes=stored,
             sha256=first["shard_sha256"],
         )
-        size = (folder / SHARD_FILE).stat().st_size if (folder / SHARD_FILE).is_file() else 0
+        size = _size(folder / SHARD_FILE)
         if not problems and array.deep:
             of_rows = {
                 row["key"]: found for row in array.rows if (found := problems_of_voxels(array.shards, row))
             }
+    except StoreError:  # says nothing about the array
+        raise
     except OSError as error:  # a disk that fails is what this is here to find
         return _ArrayOutcome(0, [f"it cannot be read: {error.strerror or error}"], {}, [])
     return _ArrayOutcome(size, problems, of_rows, strays)
+
+
+def _size(file: Location) -> int:
+    """Bytes of a file; 0 if it is not there."""
+    if isinstance(file, RemotePath):
+        return file.size() if file.is_file() else 0
+    return file.stat().st_size if file.is_file() else 0
 
 
 def problems_of_row(row: Row) -> list[str]:
@@ -445,7 +458,7 @@ def problems_of_row(row: Row) -> list[str]:
     return problems
 
 
-def problems_of_voxels(shards: Path, row: Row) -> list[str]:
+def problems_of_voxels(shards: Location, row: Row) -> list[str]:
     """Read the voxels of a row, and compare the statistics computed from them with those it holds."""
     from ingest.intensity import percentile_window, statistics
     from ingest.reasons import ExcludedImage
@@ -486,8 +499,18 @@ def _datasets(corpus: Corpus) -> list[str]:
     """Every dataset that any part of the corpus holds something of."""
     catalogs = {path.name.removeprefix("dataset=") for path in (corpus.root / "catalog").glob("dataset=*")}
     splits = {path.stem for path in corpus.split_file("x").parent.glob("[!.]*.parquet")}
-    arrays = {unquote(path.name) for path in corpus.shards.glob("[!.]*") if path.is_dir()}
+    arrays = {
+        unquote(path.name)
+        for path in _children(corpus.shards)
+        if not path.name.startswith(".") and path.is_dir()
+    }
     return sorted(catalogs | splits | arrays)
+
+
+def _children(folder: Location) -> list[Location]:
+    """What lies in a folder, if it is there, by name."""
+    found: Iterable[Location] = folder.iterdir() if folder.is_dir() else ()
+    return sorted(found, key=lambda path: path.name)
 
 
 def _size_on_disk(corpus: Corpus, dataset: str) -> int:
@@ -508,6 +531,8 @@ def _size_on_disk(corpus: Corpus, dataset: str) -> int:
 @contextmanager
 def _no_ingest(corpus: Corpus, dataset: str) -> Iterator[None]:
     """Keep an ingest of the dataset from starting meanwhile. A copied corpus has no lock, and no ingest."""
+    if corpus.origin is not None:
+        refuse_writer(corpus.origin, dataset)
     path = Journal(corpus, dataset).folder / "lock"
     try:
         handle = path.open("rb")

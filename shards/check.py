@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from catalog.errors import SetupError
 from catalog.manifest import digest_of
+from catalog.store import Location
 from shards.layout import (
     LAYOUT_VERSION,
     METADATA_FILE,
@@ -21,13 +23,28 @@ from shards.layout import (
     array_metadata,
     chunk_bytes,
     chunk_grid,
+    dataset_folder,
     pack_chunk,
     refuse_newer_layout,
     volume_chunk,
 )
 
 
-def checked_digest(shard_file: Path, grid: Shape) -> tuple[npt.NDArray[np.int64], str]:
+def arrays_there(shards_root: Location, dataset: str) -> Callable[[str], bool]:
+    """Tells of the path of an array, relative to the shards folder, whether it lies there.
+
+    Of an object store, all names are listed first: asking for each would take hours.
+    """
+    if isinstance(shards_root, Path):
+        return lambda path: (shards_root / path).is_dir()
+    folder = dataset_folder(dataset)
+    end = f"/{METADATA_FILE}"
+    listed = (item.name for item in (shards_root / folder).walk())
+    found = {f"{folder}/{name.removesuffix(end)}" for name in listed if name.endswith(end)}
+    return found.__contains__
+
+
+def checked_digest(shard_file: Location, grid: Shape) -> tuple[npt.NDArray[np.int64], str]:
     """Bytes of the inner chunks (shape `grid`), and the sha256 of a shard file of which every byte is proven.
 
     The file is read once, and the checksum of each chunk and of the index compared. For files that nobody
@@ -48,7 +65,13 @@ def checked_digest(shard_file: Path, grid: Shape) -> tuple[npt.NDArray[np.int64]
 
 
 def problems_of_array(
-    folder: Path, shape: Shape, dtype: str, *, is_pack: bool, stored_bytes: list[int | None], sha256: str | None
+    folder: Location,
+    shape: Shape,
+    dtype: str,
+    *,
+    is_pack: bool,
+    stored_bytes: list[int | None],
+    sha256: str | None,
 ) -> tuple[list[str], list[str]]:
     """What is wrong with an array: (what is damaged or missing, names of files that do not belong there).
 
@@ -90,7 +113,7 @@ def metadata_forms(shape: Shape, dtype: str, chunk: Shape) -> list[bytes]:
 
 
 def _problems_of_shard(
-    file: Path, grid: Shape, stored_bytes: list[int | None], sha256: str | None
+    file: Location, grid: Shape, stored_bytes: list[int | None], sha256: str | None
 ) -> list[str]:
     try:
         if sha256 is None:
@@ -106,6 +129,6 @@ def _problems_of_shard(
     return [] if found == told else ["the catalog's stored_bytes are not those of the file"]
 
 
-def _check(shard_file: Path, encoded: bytes) -> None:
+def _check(shard_file: Location, encoded: bytes) -> None:
     if len(encoded) < 4 or google_crc32c.value(encoded[:-4]).to_bytes(4, "little") != encoded[-4:]:
         raise ValueError(f"{shard_file} is damaged: the checksum of a chunk does not agree")

@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog.errors import SetupError
+from catalog.store import Location
 
 Profile = Literal["fast", "train", "small"]
 Shape = tuple[int, ...]
@@ -130,7 +130,7 @@ def array_metadata(
     }
 
 
-def refuse_newer_layout(folder: Path, metadata: bytes | Mapping[str, Any]) -> None:
+def refuse_newer_layout(folder: Location, metadata: bytes | Mapping[str, Any]) -> None:
     """Raise SetupError if `metadata`, the content of an array's `zarr.json`, is of a later version.
 
     Metadata that cannot be understood are left to who reads the array.
@@ -147,7 +147,7 @@ def refuse_newer_layout(folder: Path, metadata: bytes | Mapping[str, Any]) -> No
         )
 
 
-def chunk_bytes(shard_file: Path, grid: Shape) -> npt.NDArray[np.int64]:
+def chunk_bytes(shard_file: Location, grid: Shape) -> npt.NDArray[np.int64]:
     """Compressed bytes of every inner chunk, shape `grid`, from the index at the end of the shard file.
 
     Raises ValueError if the file is cut short or otherwise not of the size its index tells, OSError if it

@@ -6,25 +6,39 @@ import contextlib
 import functools
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from catalog.errors import SetupError
+from catalog.store import (
+    Location,
+    RemotePath,
+    store_error,
+    tensorstore_context,
+    tensorstore_kvstore,
+)
 from shards.layout import METADATA_FILE, Shape, refuse_newer_layout
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """(start, stop) along depth, height and width, in voxels."""
 
-_CONTEXT = {
+_CONTEXT: dict[str, Any] = {
     # Decoded chunks kept in memory made random crops slower, and each worker would hold its own.
     "cache_pool": {"total_bytes_limit": 0},
     # Parallelism comes from worker processes; more threads in each would only compete.
     "data_copy_concurrency": {"limit": 1},
     "file_io_concurrency": {"limit": 4},
 }
+_REMOTE_CONTEXT: dict[str, Any] = {
+    # Room for the indexes of the arrays in use: each read anew would be a request of its own.
+    "cache_pool": {"total_bytes_limit": 32 << 20},
+    "data_copy_concurrency": {"limit": 1},
+    "s3_request_concurrency": {"limit": 16},
+}
+_DAMAGE = re.compile("NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE")
+"""How TensorStore begins what it says of an object that is there and wrong, or not there."""
 _first_user: int | None = None
 
 
@@ -50,12 +64,12 @@ class ShardReader:
     Handles of the `open_limit` arrays used last stay open: about 0.2 MB of memory each, no file descriptor.
     """
 
-    def __init__(self, shards_root: Path, open_limit: int = 128) -> None:
+    def __init__(self, shards_root: Location, open_limit: int = 128) -> None:
         self._root = shards_root
         self._open_limit = open_limit
         self._open = functools.lru_cache(maxsize=open_limit)(self._open_array)
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, int]]:
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Location, int]]:
         return type(self), (self._root, self._open_limit)
 
     def read(
@@ -68,8 +82,8 @@ class ShardReader:
         whose depth is 1.
 
         Raises SetupError if the array is missing, damaged, not what the catalog says or of a later version,
-        OSError if the operating system refuses to read it, ValueError if the box or the index lies outside it,
-        RuntimeError after a fork.
+        OSError if the operating system, or StoreError if an object store, refuses to read it, ValueError if the
+        box or the index lies outside it, RuntimeError after a fork.
         """
         refuse_fork()
         depth, height, width = (slice(start, stop) for start, stop in box)
@@ -86,7 +100,7 @@ class ShardReader:
         except ValueError as error:
             folder = self._root / path
             reason = str(error).split(" [", 1)[0]  # the rest repeats the whole specification
-            raise system_error(error, folder) or SetupError(_complaint(folder, reason)) from error
+            raise _outer_error(error, folder) or SetupError(_complaint(folder, reason)) from error
         return voxels if index is None else voxels.transpose(1, 0, 2, 3)
 
     def _open_array(self, path: str, shape: Shape, dtype: str) -> Any:
@@ -95,13 +109,15 @@ class ShardReader:
         folder = self._root / path
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(folder)},
+            "kvstore": _kvstore(folder),
             "open": True,
             # Every chunk is stored, so a missing one is damage and not background.
             "fill_missing_data_reads": False,
+            # An array never changes under its name.
+            **({"recheck_cached_data": False} if isinstance(folder, RemotePath) else {}),
         }
         try:
-            array = tensorstore.open(spec, context=context()).result()
+            array = tensorstore.open(spec, context=context(remote=isinstance(folder, RemotePath))).result()
         except ValueError:
             with contextlib.suppress(OSError):
                 refuse_newer_layout(folder, (folder / METADATA_FILE).read_bytes())
@@ -114,20 +130,33 @@ class ShardReader:
 
 
 @functools.cache
-def context() -> Any:
+def context(*, remote: bool = False) -> Any:
     """The limits of memory and threads that all of a process's uses of TensorStore share."""
     import tensorstore
 
-    return tensorstore.Context(_CONTEXT)
+    return tensorstore.Context(_REMOTE_CONTEXT | tensorstore_context() if remote else _CONTEXT)
 
 
-def system_error(error: ValueError, path: Path) -> OSError | None:
+def _kvstore(folder: Location) -> dict[str, Any]:
+    if isinstance(folder, RemotePath):
+        return tensorstore_kvstore(folder)
+    return {"driver": "file", "path": str(folder)}
+
+
+def _outer_error(error: ValueError, folder: Location) -> OSError | None:
+    """What kept TensorStore from reading, if that is no fault of the array."""
+    if isinstance(folder, RemotePath):
+        return None if _DAMAGE.match(str(error)) else store_error(folder, str(error))
+    return system_error(error, folder)
+
+
+def system_error(error: ValueError, path: Location) -> OSError | None:
     """The OSError that TensorStore hides in the text of a ValueError, if there is one: disk full, say."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
 
 
-def _complaint(folder: Path, found: str) -> str:
+def _complaint(folder: Location, found: str) -> str:
     return (
         f"cannot read the shard {folder}: {found}. "
         f"Delete that folder and run `pumit-data ingest {folder.parent.name}` again, which writes it anew."

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog.durable import sync
+from catalog.store import Location, RemotePath
 from shards.check import checked_digest, metadata_forms
 from shards.layout import (
     METADATA_FILE,
@@ -52,13 +54,14 @@ class StoredArray:
 
 
 def write_volume(
-    shards_root: Path, name: str, voxels: npt.NDArray[Any], profile: Profile = "fast"
+    shards_root: Location, name: str, voxels: npt.NDArray[Any], profile: Profile = "fast"
 ) -> StoredArray:
     """Write one volume (C, D, H, W) of integers or floats, of any strides, under `name` (see `array_name`).
 
     The same voxels give the same bytes. Chunks are encoded one by one: no copy of `voxels` is made. A complete
     array of that name whose checksums agree is kept as it is, in whatever profile: the name stands for its
-    content. Raises OSError if the disk is full or refuses, and leaves nothing behind then.
+    content. Raises OSError if the disk is full or refuses, or StoreError if an object store does, and leaves
+    nothing behind then that a reader could take for an array.
     """
     if voxels.ndim != 4:
         raise ValueError(f"{name}: a volume has the axes (C, D, H, W), got the shape {voxels.shape}")
@@ -69,7 +72,7 @@ def write_volume(
 
 
 def write_pack(
-    shards_root: Path, name: str, images: Sequence[npt.NDArray[Any]], profile: Profile = "fast"
+    shards_root: Location, name: str, images: Sequence[npt.NDArray[Any]], profile: Profile = "fast"
 ) -> StoredArray:
     """Write 2-D images (C, 1, H, W) of one dtype and one C as a pack (N, C, H, W).
 
@@ -100,7 +103,7 @@ _Written: TypeAlias = tuple[npt.NDArray[np.int64], str]
 class _Array:
     """What is to lie where."""
 
-    target: Path
+    target: Location
     shape: Shape
     dtype: np.dtype[Any]
     chunk: Shape
@@ -121,6 +124,8 @@ def _write(array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> _Written:
     kept = _complete(target, array)
     if kept is not None:
         return kept
+    if isinstance(target, RemotePath):
+        return _upload(target, array, boxes)
     if not target.parent.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         sync(target.parent.parent)
@@ -146,11 +151,21 @@ def _write(array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> _Written:
     return written
 
 
+def _upload(target: RemotePath, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> _Written:
+    """Encode here, then send the files. The metadata come last, for an array is there when they are."""
+    with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
+        encoded = Path(folder) / "array"
+        written = _encode(encoded, array, boxes)
+        for name in (SHARD_FILE, METADATA_FILE):
+            (target / name).write(encoded / name)
+    return written
+
+
 def _temporary(target: Path) -> Path:
     return target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
 
 
-def _complete(target: Path, array: _Array) -> _Written | None:
+def _complete(target: Location, array: _Array) -> _Written | None:
     """What lies at `target` if it is a whole and sound array of this shape and dtype, else None."""
     try:
         if (target / METADATA_FILE).read_bytes() not in metadata_forms(

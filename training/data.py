@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
 from catalog.query import fingerprint, load_catalog
+from catalog.remote import open_corpus
 from catalog.sampling import CropGeometry
 from catalog.split import split_fingerprint
+from catalog.store import Location
 from shards.read import ShardReader
 from training.config import RunConfig
 from training.loader import BatchLoader, RawBatch, make_loader, read_batch
@@ -43,12 +44,12 @@ class RunData:
         )
 
 
-def open_data(corpus_folder: Path, config: RunConfig) -> RunData:
+def open_data(place: Location, config: RunConfig) -> RunData:
     """Plan the batches of a run and read its validation crops.
 
     Raises SetupError if nothing is ingested or no training image is left.
     """
-    corpus = Corpus(corpus_folder)
+    corpus = open_corpus(place)
     table = load_catalog(corpus)
     crop = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.data.tokens_x)
     training = table.filter(pc.equal(table["split"], "train"))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from catalog.errors import SetupError
+from catalog.store import Location
 from training.augment import Crops, render
 from training.config import MimRunConfig
 from training.data import RunData, open_data
@@ -30,8 +31,8 @@ from training.vit import ViTConfig
 from training.weights import load_weights
 
 
-def train(config: MimRunConfig, corpus: Path, run_dir: Path, resume: bool) -> dict[str, Any]:
-    """Pre-train a ViT on the corpus folder `corpus`; checkpoints, curves and pictures go to `run_dir`.
+def train(config: MimRunConfig, corpus: Location, run_dir: Path, resume: bool) -> dict[str, Any]:
+    """Pre-train a ViT on the corpus at `corpus`; checkpoints, curves and pictures go to `run_dir`.
 
     Returns first and last loss, images per second and the last validation, as written to summary.json.
     Raises SetupError (corpus, tokenizer, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).

@@ -13,6 +13,7 @@ from safetensors.torch import load_model
 from torch import Tensor
 
 from catalog.errors import SetupError
+from catalog.store import Location
 from training.augment import render
 from training.config import TokenizerModelConfig, TokenizerRunConfig, parse
 from training.data import RunData, open_data
@@ -36,8 +37,8 @@ from training.tokenizer import Tokenizer, TokenizerConfig
 from training.validation import Means, evaluating, psnr
 
 
-def train(config: TokenizerRunConfig, corpus: Path, run_dir: Path, resume: bool) -> dict[str, Any]:
-    """Train a tokenizer on the corpus folder `corpus`; checkpoints, curves and pictures go to `run_dir`.
+def train(config: TokenizerRunConfig, corpus: Location, run_dir: Path, resume: bool) -> dict[str, Any]:
+    """Train a tokenizer on the corpus at `corpus`; checkpoints, curves and pictures go to `run_dir`.
 
     Returns first and last loss, images per second and the last validation, as written to summary.json.
     Raises SetupError (corpus, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).

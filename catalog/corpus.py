@@ -39,6 +39,10 @@ class Corpus:
             raise ValueError(f"{path} is not below {self.root}")
         return path.relative_to(self.origin).as_posix()
 
+    def published(self, path: Path) -> Location:
+        """Where a file of the corpus lies that is not copied from a store: previews, of which few are read."""
+        return path if self.origin is None else self.origin / self.name_of(path)
+
     @property
     def private(self) -> Path:
         """Journal, locks and logs of ingest (mode 0700): times and paths live here, never in the catalog."""

@@ -19,7 +19,6 @@ from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.query import load_catalog, load_dataset, read_table, remedy_of
 from catalog.schema import CATALOG_SCHEMA
-from catalog.store import Location
 
 _SUGGESTIONS = 5
 _WIDTH_FOR_MEANINGS = 110
@@ -122,9 +121,7 @@ def _rows(corpus: Corpus, dataset: str, key: str) -> list[dict[str, Any]]:
 
 
 def _preview(corpus: Corpus, dataset: str, key: str) -> bytes | None:
-    file: Location = corpus.preview_file(dataset)
-    if corpus.origin is not None:
-        file = corpus.origin / corpus.name_of(file)
+    file = corpus.published(corpus.preview_file(dataset))
     if not file.exists():
         return None
     found: pa.Table = read_table(file, remedy_of(dataset), ["preview"], [pc.field("key") == key])

@@ -84,7 +84,7 @@ def contact_sheet(
 
 
 def _pictures(corpus: Corpus, dataset: str, keys: Sequence[str], limit: int) -> dict[str, dict[str, Any]]:
-    file = corpus.preview_file(dataset)
+    file = corpus.published(corpus.preview_file(dataset))
     if not file.exists():
         return {}
     # One comparison a key, not a set of them: these skip the row groups, of megabytes each, that cannot match.

@@ -154,8 +154,17 @@ def image_scales(
 
 def level_probabilities(scales: ImageScales) -> Reals:
     """Probability of every DA level for n images under random scaling: (n, 6), rows sum to 1."""
-    n = len(scales.anisotropy)
-    return np.stack([_case_masses(scales, np.full(n, a)).sum(axis=0) for a in range(LEVELS)], axis=1)
+    rules = scales.rules
+    # The scaled anisotropy lies between these, so an image has two or three levels and the others cost nothing.
+    # The room is for rounding: what a level at the edge comes to is computed all the same.
+    shrink = np.where(scales.nearly_isotropic, min(rules.depth[0], 1), 1) / np.maximum(scales.high, 1)
+    grow = np.where(scales.nearly_isotropic, max(rules.depth[1], 1), 1) / np.minimum(scales.low, 1)
+    least, most = scales.anisotropy * shrink * (1 - 1e-12), scales.anisotropy * grow * (1 + 1e-12)
+    probabilities = np.zeros((len(scales.anisotropy), LEVELS))
+    for level in range(LEVELS):
+        rows = np.flatnonzero((most >= _BOUNDS[level]) & (least < _BOUNDS[level + 1]))
+        probabilities[rows, level] = _level_probability(scales.take(rows), level)
+    return probabilities
 
 
 def draw_scales(scales: ImageScales, levels: npt.NDArray[Any], uniforms: Reals) -> tuple[Reals, Reals]:
@@ -195,17 +204,59 @@ def _check_level(level: int) -> None:
 
 def _case_masses(scales: ImageScales, levels: npt.NDArray[Any]) -> Reals:
     """P(scaled not at all, in-plane, in depth, in both; and the image has the level): (4, n)."""
+    rules = scales.rules
+    masses = np.zeros((4, len(scales.anisotropy)))
+    masses[:3] = _single_masses(scales, levels)
+    rows = np.flatnonzero(scales.nearly_isotropic)
+    if rows.size:
+        both = _both(scales.take(rows), levels[rows])[2].sum(axis=1)
+        masses[3, rows] = rules.in_plane_p * rules.depth_p * both
+    return masses
+
+
+def _single_masses(scales: ImageScales, levels: npt.NDArray[Any]) -> Reals:
+    """The same of the first three cases, in which at most one scale is drawn: (3, n)."""
     rules, da = scales.rules, scales.anisotropy
     lower, upper = _BOUNDS[levels], _BOUNDS[levels + 1]
     p_x = rules.in_plane_p
     p_z = np.where(scales.nearly_isotropic, rules.depth_p, 0.0)
-    masses = np.zeros((4, len(da)))
+    masses = np.zeros((3, len(da)))
     masses[0] = (1 - p_x) * (1 - p_z) * ((lower <= da) & (da < upper))
     masses[1] = p_x * (1 - p_z) * (_in_plane_cdf(scales, da / lower) - _in_plane_cdf(scales, da / upper))
     masses[2] = (1 - p_x) * p_z * (_depth_cdf(rules, upper / da) - _depth_cdf(rules, lower / da))
-    rows = np.flatnonzero(p_z)
-    masses[3, rows] = p_x * p_z[rows] * _both(scales.take(rows), levels[rows])[2].sum(axis=1)
     return masses
+
+
+def _level_probability(scales: ImageScales, level: int) -> Reals:
+    """Probability of one level for n images: (n,). The sum of `_case_masses`, up to rounding, without knots."""
+    masses = _single_masses(scales, np.full(len(scales.anisotropy), level))
+    rows = np.flatnonzero(scales.nearly_isotropic)
+    if rows.size:
+        rules, part = scales.rules, scales.take(rows)
+        lower, upper = _BOUNDS[level] / part.anisotropy, _BOUNDS[level + 1] / part.anisotropy
+        both = _ratio_cdf(part, upper) - _ratio_cdf(part, lower)
+        # Where no pair of scales has the level, rounding must not leave it a chance.
+        possible = (upper * part.high > rules.depth[0]) & (lower * part.low < rules.depth[1])
+        masses[0, rows] += rules.in_plane_p * rules.depth_p * np.where(possible, both, 0).clip(0)
+    probability: Reals = masses.sum(axis=0)
+    return probability
+
+
+def _ratio_cdf(scales: ImageScales, bound: Reals) -> Reals:
+    """P(depth scale / in-plane scale < bound), given that both are drawn: a mean over in-plane scales x.
+
+    P(depth scale < bound x) is 0, then linear, then 1 in x; its integral is 0, then a parabola, then linear.
+    """
+    low, high = scales.rules.depth
+
+    def integral(x: Reals) -> Reals:
+        value = bound * x
+        rise: Reals = (np.clip(value, low, high) - low) ** 2 / (2 * (high - low))
+        return (rise + np.maximum(value - high, 0)) / bound
+
+    width = scales.high - scales.low
+    certain = _depth_cdf(scales.rules, bound * scales.low)
+    return np.divide(integral(scales.high) - integral(scales.low), width, out=certain, where=width > 0)
 
 
 def _in_plane_cdf(scales: ImageScales, value: Reals) -> Reals:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import contextlib
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
-from catalog.query import fingerprint, load_catalog
+from catalog.errors import SetupError
+from catalog.query import catalog_fingerprint, dataset_ids, read_batches, remedy_of
 from catalog.sampling import CropGeometry
+from catalog.schema import CATALOG_SCHEMA
 from catalog.split import split_fingerprint
 from shards.read import ShardReader
 from training.config import RunConfig
+from training.images import CODED_COLUMNS, IMAGE_COLUMNS
 from training.loader import BatchLoader, RawBatch, make_loader, read_batch
 from training.plan import BatchPlanner, ValidationPlanner
 from training.run import World
@@ -49,23 +56,93 @@ def open_data(corpus_folder: Path, config: RunConfig) -> RunData:
     Raises SetupError if nothing is ingested or no training image is left.
     """
     corpus = Corpus(corpus_folder)
-    table = load_catalog(corpus)
+    files = _files(corpus)
     crop = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.data.tokens_x)
-    training = table.filter(pc.equal(table["split"], "train"))
-    planner = BatchPlanner(training, crop, config.data.batch_size, config.seed)
-    measured, held_out = choose_images(table, config.validation_images)
+    candidates = Candidates(config.validation_images)
+    with contextlib.closing(_ahead(_ingested(corpus))) as tables:
+        planner = BatchPlanner(
+            (_of_split(candidates.seen(table), "train") for table in tables),
+            crop,
+            config.data.batch_size,
+            config.seed,
+        )
+    measured, held_out = choose_images(candidates.table(), config.validation_images)
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
     batches = ValidationPlanner(measured, shown, config.data.batch_size)
     reader = ShardReader(corpus.shards)
     columns = (measured[name].to_pylist() for name in ("dataset", "key", "modality"))
+    fingerprints = {
+        "split": split_fingerprint(corpus, corpus.datasets()),
+        "catalog": catalog_fingerprint(corpus),
+    }
+    if _files(corpus) != files:
+        raise SetupError(
+            f"the catalog below {corpus.root} changed while it was read: wait for the ingest, then start again"
+        )
     return RunData(
         corpus=corpus,
         planner=planner,
         validation=[read_batch(reader, batches.plan(number)) for number in range(len(batches))],
         validation_name="validation" if held_out else "training_images",
         modalities={f"{dataset}/{key}": modality for dataset, key, modality in zip(*columns, strict=True)},
-        fingerprints={"split": split_fingerprint(corpus, corpus.datasets()), "catalog": fingerprint(table)},
+        fingerprints=fingerprints,
     )
+
+
+def _files(corpus: Corpus) -> list[tuple[str, int, int]]:
+    """What tells whether a file of the catalog was replaced: each dataset's inode and time of change."""
+    stats = [(dataset, corpus.catalog_file(dataset).stat()) for dataset in corpus.datasets()]
+    return [(dataset, stat.st_ino, stat.st_mtime_ns) for dataset, stat in stats]
+
+
+def _ingested(corpus: Corpus) -> Iterator[pa.Table]:
+    """The ingested images in the order of dataset and key, some ten thousand at a time."""
+    columns, dictionaries = [*IMAGE_COLUMNS, "modality"], [*CODED_COLUMNS, "modality"]
+    for dataset in dataset_ids(corpus):
+        path, remedy = corpus.catalog_file(dataset), remedy_of(dataset)
+        for table in read_batches(path, remedy, columns, schema=CATALOG_SCHEMA, dictionaries=dictionaries):
+            yield table.filter(pc.equal(table["status"], "ingested"))
+
+
+def _ahead(tables: Iterator[pa.Table]) -> Generator[pa.Table]:
+    """The same, the next one being read while one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = reader.submit(next, tables, None)
+            yield table
+
+
+def _of_split(table: pa.Table, split: str) -> pa.Table:
+    return table.filter(pc.equal(table["split"], split))
+
+
+class Candidates:
+    """The images that `choose_images` may choose: of each kind and split, the first by key."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._taken: Counter[tuple[str, str, str | None]] = Counter()
+        self._tables = [CATALOG_SCHEMA.empty_table().select([*IMAGE_COLUMNS, "modality"])]
+
+    def seen(self, table: pa.Table) -> pa.Table:
+        """Remember what matters of the next rows, which come in the order of dataset and key; returns them."""
+        kinds = ["dataset", "split", "modality"]
+        for kind in table.select(kinds).group_by(kinds).aggregate([]).to_pylist():
+            name = (kind["dataset"], kind["split"], kind["modality"])
+            wanted = self._count - self._taken[name]
+            if wanted > 0:
+                same = [
+                    pc.is_null(table[column]) if value is None else pc.equal(table[column], value)
+                    for column, value in kind.items()
+                ]
+                rows = pc.indices_nonzero(functools.reduce(pc.and_, same))[:wanted]
+                self._taken[name] += len(rows)
+                self._tables.append(table.take(rows).cast(self._tables[0].schema))
+        return table
+
+    def table(self) -> pa.Table:
+        return pa.concat_tables(self._tables)
 
 
 def choose_images(table: pa.Table, count: int) -> tuple[pa.Table, bool]:

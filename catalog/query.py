@@ -253,9 +253,10 @@ class _CatalogFile:
         key = table["key"]
         if pc.any(pc.greater(key[:-1], key[1:])).as_py():
             order = np.asarray(pc.sort_indices(key))
-            self._rows: pa.Array | None = pa.array(order[ingested[order]])
+            self._order: pa.Array | None = pa.array(order[ingested[order]])
         else:
-            self._rows = None if ingested.all() else pa.array(np.flatnonzero(ingested))
+            self._order = None
+        self._ingested = None if ingested.all() else pa.array(ingested)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -264,7 +265,9 @@ class _CatalogFile:
     def column(self, name: str) -> pa.ChunkedArray:
         with _naming_damage(self._path, self._remedy):
             values = self._read([name])[name]
-        return values if self._rows is None else values.take(self._rows)
+        if self._order is not None:
+            return values.take(self._order)
+        return values if self._ingested is None else values.filter(self._ingested)
 
     def _read(self, names: list[str]) -> pa.Table:
         wanted, added = _wanted(self._file.schema_arrow, self._version, names, CATALOG_SCHEMA)

@@ -137,7 +137,7 @@ def image_scales(
     Raises:
         ValueError: an image with z spacing lacks an in-plane spacing, or a spacing is not positive.
     """
-    z, in_plane = spacing_zyx[:, 0], spacing_zyx[:, 1:].min(axis=1)
+    z, in_plane = spacing_zyx[:, 0], np.minimum(spacing_zyx[:, 1], spacing_zyx[:, 2])
     flat = np.isnan(z)
     if not np.all(flat | ((z > 0) & (in_plane > 0))):
         raise ValueError("a 3-D image needs three positive spacings")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,7 +21,7 @@ from catalog.schema import CATALOG_SCHEMA
 from catalog.split import split_fingerprint
 from shards.read import ShardReader
 from training.config import RunConfig
-from training.images import CODED_COLUMNS, IMAGE_COLUMNS
+from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
 from training.loader import BatchLoader, RawBatch, make_loader, read_batch
 from training.plan import BatchPlanner, ValidationPlanner
 from training.run import World
@@ -61,7 +61,7 @@ def open_data(corpus_folder: Path, config: RunConfig) -> RunData:
     candidates = Candidates(config.validation_images)
     with contextlib.closing(_ahead(_ingested(corpus))) as tables:
         planner = BatchPlanner(
-            (_of_split(candidates.seen(table), "train") for table in tables),
+            (_having(candidates.seen(table), "split", "train") for table in tables),
             crop,
             config.data.batch_size,
             config.seed,
@@ -101,7 +101,7 @@ def _ingested(corpus: Corpus) -> Iterator[pa.Table]:
     for dataset in dataset_ids(corpus):
         path, remedy = corpus.catalog_file(dataset), remedy_of(dataset)
         for table in read_batches(path, remedy, columns, schema=CATALOG_SCHEMA, dictionaries=dictionaries):
-            yield table.filter(pc.equal(table["status"], "ingested"))
+            yield _having(table, "status", "ingested")
 
 
 def _ahead(tables: Iterator[pa.Table]) -> Generator[pa.Table]:
@@ -113,8 +113,9 @@ def _ahead(tables: Iterator[pa.Table]) -> Generator[pa.Table]:
             yield table
 
 
-def _of_split(table: pa.Table, split: str) -> pa.Table:
-    return table.filter(pc.equal(table["split"], split))
+def _having(table: pa.Table, column: str, text: str) -> pa.Table:
+    rows = is_text(table[column], text)
+    return table if rows.all() else table.filter(pa.array(rows))
 
 
 class Candidates:
@@ -122,23 +123,23 @@ class Candidates:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._taken: Counter[tuple[str, str, str | None]] = Counter()
+        self._taken: Counter[tuple[str | None, ...]] = Counter()
         self._tables = [CATALOG_SCHEMA.empty_table().select([*IMAGE_COLUMNS, "modality"])]
 
     def seen(self, table: pa.Table) -> pa.Table:
         """Remember what matters of the next rows, which come in the order of dataset and key; returns them."""
-        kinds = ["dataset", "split", "modality"]
-        for kind in table.select(kinds).group_by(kinds).aggregate([]).to_pylist():
-            name = (kind["dataset"], kind["split"], kind["modality"])
+        columns = [table[name].unify_dictionaries() for name in ("dataset", "split", "modality")]
+        codes = [column.combine_chunks() for column in columns]
+        kind = np.zeros(table.num_rows, np.int64)
+        for code in codes:
+            kind = kind * (len(code.dictionary) + 1) + code.indices.fill_null(len(code.dictionary)).to_numpy()
+        for number in np.flatnonzero(np.bincount(kind)):
+            rows = np.flatnonzero(kind == number)
+            name = tuple(code[int(rows[0])].as_py() for code in codes)
             wanted = self._count - self._taken[name]
             if wanted > 0:
-                same = [
-                    pc.is_null(table[column]) if value is None else pc.equal(table[column], value)
-                    for column, value in kind.items()
-                ]
-                rows = pc.indices_nonzero(functools.reduce(pc.and_, same))[:wanted]
-                self._taken[name] += len(rows)
-                self._tables.append(table.take(rows).cast(self._tables[0].schema))
+                self._taken[name] += len(rows[:wanted])
+                self._tables.append(table.take(pa.array(rows[:wanted])).cast(self._tables[0].schema))
         return table
 
     def table(self) -> pa.Table:

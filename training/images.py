@@ -28,7 +28,7 @@ IMAGE_COLUMNS = (
 )
 """Columns of the catalog that planners need."""
 
-CODED_COLUMNS = ("split", "status", "stored_dtype")
+CODED_COLUMNS = ("dataset", "split", "status", "stored_dtype")
 """Those of them that may come as dictionary arrays: few different texts."""
 
 _PIECE_ROWS = 1 << 16
@@ -221,13 +221,17 @@ def _ordered(table: pa.Table) -> pa.Table:
     """The rows in the order of (dataset, key). Those of a catalog file have it already: it is only checked."""
     dataset, key = table["dataset"], table["key"]
     before, after = slice(None, -1), slice(1, None)
-    ascending = pc.or_(
-        pc.less(dataset[before], dataset[after]),
-        pc.and_(pc.equal(dataset[before], dataset[after]), pc.less_equal(key[before], key[after])),
-    )
+    ascending = pc.less_equal(key[before], key[after])
+    if len(dataset.unique()) > 1:
+        dataset = dataset.cast(pa.string())
+        same = pc.equal(dataset[before], dataset[after])
+        ascending = pc.or_(pc.less(dataset[before], dataset[after]), pc.and_(same, ascending))
     if pc.all(ascending).as_py() is not False:
         return table
-    return table.sort_by([("dataset", "ascending"), ("key", "ascending")])
+    order = pc.sort_indices(
+        pa.table({"dataset": dataset, "key": key}), [("dataset", "ascending"), ("key", "ascending")]
+    )
+    return table.take(order)
 
 
 def _name(table: pa.Table, row: int) -> tuple[str, str]:
@@ -238,7 +242,7 @@ def _check(table: pa.Table, split: str) -> None:
     """Raise SetupError for the first row that cannot be trained on."""
     _require(
         table,
-        _equal(table["split"], split) & _equal(table["status"], "ingested"),
+        is_text(table["split"], split) & is_text(table["status"], "ingested"),
         f"is not an ingested image of the {split} split: give the planner the rows of that split only",
     )
     _require(
@@ -249,12 +253,12 @@ def _check(table: pa.Table, split: str) -> None:
     spacing = np.stack([_reals(table, f"spacing_{axis}") for axis in "zyx"], axis=1)
     _require(
         table,
-        np.isnan(spacing[:, 0]) | (spacing > 0).all(axis=1),
+        np.isnan(spacing[:, 0]) | ((spacing[:, 0] > 0) & (spacing[:, 1] > 0) & (spacing[:, 2] > 0)),
         "is 3-D and lacks a positive spacing: ingest it again, or leave it out",
     )
     _require(
         table,
-        np.isin(_integers(table, "da_level"), range(LEVELS)),
+        (_integers(table, "da_level") >= 0) & (_integers(table, "da_level") < LEVELS),
         "has no DA level from 0 to 5: ingest it again, or leave it out",
     )
     stored = np.ones(table.num_rows, np.bool_)
@@ -300,8 +304,16 @@ def _records(table: pa.Table, datasets: _Names, dtypes: _Names) -> npt.NDArray[n
     return records
 
 
-def _equal(column: pa.ChunkedArray, text: str) -> npt.NDArray[np.bool_]:
-    return np.asarray(pc.fill_null(pc.equal(column, text), False).to_numpy())
+def is_text(column: pa.ChunkedArray, text: str) -> npt.NDArray[np.bool_]:
+    """(n,): whether each value is a text; null is not. Dictionary arrays are not decoded for that."""
+    coded = _coded(column)
+    known = [
+        np.append(np.asarray(chunk.dictionary.to_pylist(), object) == text, False)[  # the last one is for null
+            chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        ]
+        for chunk in coded.chunks
+    ]
+    return np.concatenate([np.empty(0, np.bool_), *known])
 
 
 def _integers(table: pa.Table, name: str) -> npt.NDArray[Any]:

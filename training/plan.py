@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
 from typing import Any, Protocol
@@ -175,21 +176,23 @@ class BatchPlanner:
         writers = [(ArrayWriter(np.int64), ArrayWriter(np.float64)) for _ in range(LEVELS)]
         totals = [0.0] * LEVELS
         pieces = [slice(start, start + _PIECE_ROWS) for start in range(0, len(self._images), _PIECE_ROWS)]
-        for piece in pieces:
-            masses = self._masses(piece)
-            for level, (rows, running) in enumerate(writers):
-                possible = np.flatnonzero(masses[:, level] > 0)
-                if possible.size:
-                    rows.append(possible + piece.start)
-                    sums = np.cumsum(np.concatenate([[totals[level]], masses[possible, level]]))[1:]
-                    running.append(sums)
-                    totals[level] = sums[-1]
+        with ThreadPoolExecutor(_WEIGHED_AT_ONCE) as pool:
+            for first in range(0, len(pieces), _WEIGHED_AT_ONCE):
+                together = pieces[first : first + _WEIGHED_AT_ONCE]
+                for piece, masses in zip(together, pool.map(self._masses, together), strict=True):
+                    for level, (rows, running) in enumerate(writers):
+                        possible = np.flatnonzero(masses[:, level] > 0)
+                        if possible.size:
+                            rows.append(possible + piece.start)
+                            sums = np.cumsum(np.append(totals[level], masses[possible, level]))[1:]
+                            running.append(sums)
+                            totals[level] = sums[-1]
         return [_LevelDraw(rows.finish(), running.finish()) for rows, running in writers]
 
     def _masses(self, piece: slice) -> Reals:
         """Weight x probability of each level: (n, 6)."""
         shape, spacing = self._images.geometry(piece)
-        scales = image_scales(spacing, shape[:, 1:].min(axis=1), self.crop, self.augmentation.scale)
+        scales = image_scales(spacing, np.minimum(shape[:, 1], shape[:, 2]), self.crop, self.augmentation.scale)
         return self._images.weights(piece)[:, None] * level_probabilities(scales)
 
     @property
@@ -226,7 +229,7 @@ class BatchPlanner:
         u: Reals,
     ) -> tuple[SamplePlan, ...]:
         config, (shape, spacing) = self.augmentation, self._images.geometry(rows)
-        scales = image_scales(spacing, shape[:, 1:].min(axis=1), self.crop, config.scale)
+        scales = image_scales(spacing, np.minimum(shape[:, 1], shape[:, 2]), self.crop, config.scale)
         depth_scale, in_plane_scale = draw_scales(
             scales, np.full(len(rows), level), u[:, [_Draw.SCALE_CASE, _Draw.SCALE_X, _Draw.SCALE_Z]]
         )
@@ -304,7 +307,10 @@ def visible_indices(
 
 
 _PIECE_ROWS = 1 << 14
-"""Images weighed at once: few enough for a processor's cache."""
+"""Images weighed in one go: few enough for a processor's cache."""
+
+_WEIGHED_AT_ONCE = 8
+"""Pieces of so many images in as many threads: more would wait for the sums, which are made in order."""
 
 _DRAWS = 32
 """Random numbers set aside for each sample: more than are used, so that one more shifts none."""

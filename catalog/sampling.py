@@ -191,6 +191,8 @@ def draw_scales(scales: ImageScales, levels: npt.NDArray[Any], uniforms: Reals) 
     depth = np.ones(len(case))
     for chosen, draw in ((1, _draw_in_plane), (2, _draw_depth), (3, _draw_both)):
         rows = np.flatnonzero(case == chosen)
+        if not rows.size:
+            continue
         depth[rows], in_plane[rows] = draw(
             scales.take(rows), levels[rows], uniforms[rows, 1], uniforms[rows, 2]
         )
@@ -309,10 +311,11 @@ def _draw_both(scales: ImageScales, levels: npt.NDArray[Any], u_x: Reals, u_z: R
     knots, density, masses = _both(scales, levels)
     segment = _pick(masses, u_x)[:, None]
     total = masses.sum(axis=1, keepdims=True)
-    before = np.take_along_axis(np.cumsum(masses, axis=1) - masses, segment, axis=1)
-    rest = np.clip(u_x[:, None] * total - before, 0, None)
-    start, end = (np.take_along_axis(knots, segment + i, axis=1) for i in (0, 1))
-    g0, g1 = (np.take_along_axis(density, segment + i, axis=1) for i in (0, 1))
+    row = np.arange(len(masses))[:, None]
+    before = (np.cumsum(masses, axis=1) - masses)[row, segment]
+    rest = np.maximum(u_x[:, None] * total - before, 0)
+    start, end = knots[row, segment], knots[row, segment + 1]
+    g0, g1 = density[row, segment], density[row, segment + 1]
     length = end - start
     # Solves g0 s + (g1 - g0) s^2 / (2 length) = rest in the form that does not cancel.
     slope = np.divide(g1 - g0, length, out=np.zeros_like(length), where=length > 0)

@@ -59,13 +59,7 @@ def open_data(corpus_folder: Path, config: RunConfig) -> RunData:
     files = _files(corpus)
     crop = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.data.tokens_x)
     candidates = Candidates(config.validation_images)
-    with contextlib.closing(_ahead(_ingested(corpus))) as tables:
-        planner = BatchPlanner(
-            (_having(candidates.seen(table), "split", "train") for table in tables),
-            crop,
-            config.data.batch_size,
-            config.seed,
-        )
+    planner = plan_batches(corpus, crop, config.data.batch_size, config.seed, candidates)
     measured, held_out = choose_images(candidates.table(), config.validation_images)
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
     batches = ValidationPlanner(measured, shown, config.data.batch_size)
@@ -87,6 +81,21 @@ def open_data(corpus_folder: Path, config: RunConfig) -> RunData:
         modalities={f"{dataset}/{key}": modality for dataset, key, modality in zip(*columns, strict=True)},
         fingerprints=fingerprints,
     )
+
+
+def plan_batches(
+    corpus: Corpus, crop: CropGeometry, batch_size: int, seed: int, candidates: Candidates
+) -> BatchPlanner:
+    """The planner of a corpus's training images; `candidates` takes note of those to validate on."""
+    with contextlib.closing(training_tables(corpus, candidates)) as tables:
+        return BatchPlanner(tables, crop, batch_size, seed)
+
+
+def training_tables(corpus: Corpus, candidates: Candidates) -> Generator[pa.Table]:
+    """The training images in the order of dataset and key, some ten thousand rows at a time."""
+    with contextlib.closing(_ahead(_ingested(corpus))) as tables:
+        for table in tables:
+            yield _having(candidates.seen(table), "split", "train")
 
 
 def _files(corpus: Corpus) -> list[tuple[str, int, int]]:

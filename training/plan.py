@@ -461,7 +461,9 @@ def _plain(column: npt.NDArray[Any] | list[StoredImage]) -> list[Any]:
     """Rows of an array of one to three axes as plain numbers and tuples."""
     if not isinstance(column, np.ndarray):
         return column
-    rows = column.tolist()
-    if column.ndim == 2:
-        return [tuple(row) for row in rows]
-    return [tuple(map(tuple, row)) for row in rows] if column.ndim == 3 else rows
+    if column.ndim == 1:
+        values: list[Any] = column.tolist()
+        return values
+    # Transposed first, so that one `zip` makes the tuples of all rows.
+    axes = [_plain(column[:, axis]) for axis in range(column.shape[1])]
+    return list(zip(*axes, strict=True))

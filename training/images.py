@@ -1,4 +1,4 @@
-"""The images of one split as planning and reading need them: 10 million in files that all workers map.
+"""The images of one split as planning and reading need them: 10 million in memory that all workers map.
 
 Numbers lie in one record an image, so that a draw touches one place; keys and paths are Arrow strings. Only
 what is drawn becomes Python objects.

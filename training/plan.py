@@ -136,7 +136,7 @@ class BatchPlanner:
     Images are drawn with replacement with probability proportional to `sampling_weight` and to their
     probability of the level. The order of rows does not matter.
 
-    Whatever grows with the number of images lies in files without a name, which worker processes map.
+    Whatever grows with the number of images lies in shared memory without a name, which workers map.
     """
 
     def __init__(
@@ -173,7 +173,8 @@ class BatchPlanner:
 
     def _weigh(self) -> list[_LevelDraw]:
         """Per level: the rows that can have it, and the running sum of weight x probability over them."""
-        writers = [(ArrayWriter(np.int64), ArrayWriter(np.float64)) for _ in range(LEVELS)]
+        number = np.min_scalar_type(len(self._images))
+        writers = [(ArrayWriter(number), ArrayWriter(np.float64)) for _ in range(LEVELS)]
         totals = [0.0] * LEVELS
         pieces = [slice(start, start + _PIECE_ROWS) for start in range(0, len(self._images), _PIECE_ROWS)]
         with ThreadPoolExecutor(_WEIGHED_AT_ONCE) as pool:
@@ -365,7 +366,7 @@ class _LevelDraw:
 
     def draw(self, u: Reals) -> npt.NDArray[np.int64]:
         """One row for each number in [0, 1)."""
-        rows: npt.NDArray[np.int64] = self.rows.values[_drawn(self.running.values, u)]
+        rows: npt.NDArray[np.int64] = self.rows.values[_drawn(self.running.values, u)].astype(np.int64)
         return rows
 
 

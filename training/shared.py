@@ -1,9 +1,8 @@
-"""Arrays that processes share: one copy, in files without a name, whoever maps them.
+"""Arrays that processes share: one copy, in memory without a name, whoever maps it.
 
-What is too large for every worker to hold is written to a file that has been deleted already, and mapped to
-memory. The operating system frees it when the last process that has it ends, however that ends: there is no
-name to collide with and nothing to clean up. Pages nobody reads can leave memory. The file lies where Python
-puts temporary files: in `TMPDIR`, else in `/tmp`.
+What is too large for every worker to hold is written to an anonymous file in memory and mapped. The operating
+system frees it when the last process that has it ends, however that ends: there is no name to collide with and
+nothing to clean up. Where a system has no such files (Linux has), a deleted temporary file does the same.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from multiprocessing import reduction
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,24 +49,31 @@ class ArrayWriter:
 
     def __init__(self, dtype: npt.DTypeLike) -> None:
         self._dtype = np.dtype(dtype)
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - handed over by `finish`
+        self._file = _anonymous_file()
 
     def append(self, values: npt.NDArray[Any]) -> None:
-        """Raises SetupError if the disk is full."""
+        """Raises SetupError if there is no room."""
         rest = memoryview(np.ascontiguousarray(values, self._dtype).view(np.uint8).data)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise SetupError(
-                f"cannot write to the folder for temporary files, {tempfile.gettempdir()}: {error}. "
-                "Set TMPDIR to a folder with room for the catalog's training rows, some 250 bytes an image."
+                f"no room for the catalog's training rows in memory that processes share: {error}. "
+                "Some 200 bytes an image are needed, once for all workers of a process"
             ) from error
 
     def finish(self) -> SharedArray:
         """The array. To be called once, after the last `append`."""
         with self._file:
             return SharedArray(os.dup(self._file.fileno()), self._dtype)
+
+
+def _anonymous_file() -> BinaryIO:
+    if hasattr(os, "memfd_create"):
+        # A quarter of the time that a file on a disk takes, even one that stays in the cache.
+        return os.fdopen(os.memfd_create("pumit-data"), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
 def _received(descriptor: _Descriptor, dtype: np.dtype[Any]) -> SharedArray:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import operator
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,14 +218,19 @@ def catalog_fingerprint(corpus: Corpus) -> str:
     All columns of a file are read from the file that was there at the start. Raises SetupError as
     `load_catalog` does.
     """
-    with contextlib.ExitStack() as open_files, ThreadPoolExecutor(1) as ahead:
+    with (
+        contextlib.ExitStack() as open_files,
+        ThreadPoolExecutor(1) as ahead,
+        ThreadPoolExecutor(os.cpu_count()) as readers,
+    ):
         files = [
             open_files.enter_context(_CatalogFile(corpus.catalog_file(dataset), remedy_of(dataset)))
             for dataset in dataset_ids(corpus)
         ]
 
         def column(name: str) -> list[pa.Array]:
-            return [chunk for file in files for chunk in file.column(name).chunks]
+            read = readers.map(lambda file: file.column(name).chunks, files)
+            return list(itertools.chain.from_iterable(read))
 
         def columns() -> Iterator[tuple[str, list[pa.Array]]]:
             # One column is read while the one before it is hashed.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import operator
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -106,7 +110,7 @@ def read_table(
     by; lists of texts cannot. Raises SetupError, with `remedy` at its end, if the file is damaged or of a newer
     version.
     """
-    try:
+    with _naming_damage(path, remedy):
         source = path.open() if isinstance(path, RemotePath) else path
         with pq.ParquetFile(
             source, read_dictionary=list(dictionaries), page_checksum_verification=True
@@ -126,16 +130,6 @@ def read_table(
             read_dictionary=list(dictionaries),
             page_checksum_verification=True,
         )
-    except (FileNotFoundError, PermissionError, StoreError):
-        raise
-    except (
-        pa.ArrowException,
-        OSError,
-        ValueError,
-        KeyError,
-        MemoryError,
-    ) as error:  # as a flipped bit may have it
-        raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
     return _completed(table, wanted, added)
 
 
@@ -145,33 +139,38 @@ def read_batches(
     columns: Sequence[str] | None = None,
     rows: int = 1 << 16,
     schema: pa.Schema | None = None,
+    dictionaries: Sequence[str] = (),
 ) -> Iterator[pa.Table]:
     """The rows of a Parquet file of the corpus in order, at most `rows` at a time; else as `read_table`."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            found = file.schema_arrow
-            wanted, added = _wanted(found, _version(path, found, remedy), columns, schema)
-            names = None if wanted is None else [name for name in wanted if name in found.names]
-            for batch in file.iter_batches(batch_size=rows, columns=names):
-                yield _completed(pa.Table.from_batches([batch]), wanted, added)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except (
-        pa.ArrowException,
-        OSError,
-        ValueError,
-        KeyError,
-        MemoryError,
-    ) as error:  # as a flipped bit may have it
-        raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
+    with (
+        _naming_damage(path, remedy),
+        pq.ParquetFile(
+            path,
+            read_dictionary=list(dictionaries),
+            page_checksum_verification=True,
+            pre_buffer=False,
+        ) as file,
+    ):
+        found = file.schema_arrow
+        wanted, added = _wanted(found, _version(path, found, remedy), columns, schema)
+        names = None if wanted is None else [name for name in wanted if name in found.names]
+        for batch in file.iter_batches(batch_size=rows, columns=names):
+            yield _completed(pa.Table.from_batches([batch]), wanted, added)
 
 
 def check_version(path: Path) -> None:
     """Raise SetupError if a Parquet file of the corpus is damaged at its end or of a newer version."""
     remedy = "Restore it, or type `pumit-data verify --repair`."
-    try:
+    with _naming_damage(path, remedy):
         _version(path, pq.read_schema(path), remedy)
-    except (FileNotFoundError, PermissionError):
+
+
+@contextlib.contextmanager
+def _naming_damage(path: Location, remedy: str) -> Iterator[None]:
+    """Turn what reading a damaged file raises into a SetupError that names it."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, StoreError):
         raise
     except _DAMAGE as error:
         raise SetupError(f"{path} is damaged: {error}. {remedy}") from error
@@ -214,25 +213,108 @@ def fingerprint(table: pa.Table) -> str:
     no times, so the same images ingested again give the same fingerprint.
     """
     ordered = table.sort_by([("dataset", "ascending"), ("key", "ascending")])
+    return _fingerprint((name, ordered[name].chunks) for name in sorted(ordered.column_names))
+
+
+def catalog_fingerprint(corpus: Corpus) -> str:
+    """`fingerprint` of all ingested images of a corpus, with two columns in memory at a time.
+
+    All columns of a file are read from the file that was there at the start. Raises SetupError as
+    `load_catalog` does.
+    """
+    with (
+        contextlib.ExitStack() as open_files,
+        ThreadPoolExecutor(1) as ahead,
+        ThreadPoolExecutor(os.cpu_count()) as readers,
+    ):
+        files = [
+            open_files.enter_context(_CatalogFile(corpus.catalog_file(dataset), remedy_of(dataset)))
+            for dataset in dataset_ids(corpus)
+        ]
+
+        def column(name: str) -> list[pa.Array]:
+            read = readers.map(lambda file: file.column(name).chunks, files)
+            return list(itertools.chain.from_iterable(read))
+
+        def columns() -> Iterator[tuple[str, list[pa.Array]]]:
+            # One column is read while the one before it is hashed.
+            names = sorted(CATALOG_SCHEMA.names)
+            coming = ahead.submit(column, names[0])
+            for name, following in zip(names, [*names[1:], None], strict=True):
+                chunks = coming.result()
+                if following is not None:
+                    coming = ahead.submit(column, following)
+                yield name, chunks
+
+        return _fingerprint(columns())
+
+
+class _CatalogFile:
+    """The ingested images of one dataset in the order of their keys, column by column."""
+
+    def __init__(self, path: Path, remedy: str) -> None:
+        self._path, self._remedy = path, remedy
+
+    def __enter__(self) -> _CatalogFile:
+        with _naming_damage(self._path, self._remedy):
+            self._file = pq.ParquetFile(self._path, page_checksum_verification=True)
+            self._version = _version(self._path, self._file.schema_arrow, self._remedy)
+            table = self._read(["key", "status"])
+        ingested = np.asarray(pc.equal(table["status"], "ingested"))
+        key = table["key"]
+        if pc.any(pc.greater(key[:-1], key[1:])).as_py():
+            order = np.asarray(pc.sort_indices(key))
+            self._order: pa.Array | None = pa.array(order[ingested[order]])
+        else:
+            self._order = None
+        self._ingested = None if ingested.all() else pa.array(ingested)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        with _naming_damage(self._path, self._remedy):
+            values = self._read([name])[name]
+        if self._order is not None:
+            return values.take(self._order)
+        return values if self._ingested is None else values.filter(self._ingested)
+
+    def _read(self, names: list[str]) -> pa.Table:
+        wanted, added = _wanted(self._file.schema_arrow, self._version, names, CATALOG_SCHEMA)
+        table = self._file.read([name for name in names if name in self._file.schema_arrow.names])
+        if not table.num_columns:
+            return pa.table({field.name: pa.nulls(self._file.metadata.num_rows, field.type) for field in added})
+        return _completed(table, wanted, added)
+
+
+def _fingerprint(columns: Iterable[tuple[str, list[pa.Array]]]) -> str:
+    """Of columns in the order of their names, with rows in the order of dataset and key, in any chunks."""
     digest = hashlib.sha256()
-    for name in sorted(ordered.column_names):
+    for name, chunks in columns:
         digest.update(f"{name}\0".encode())
-        _digest_values(digest, pa.concat_arrays(ordered[name].chunks or [pa.nulls(0, ordered[name].type)]))
+        _digest_values(digest, chunks)
     return digest.hexdigest()
 
 
-def _digest_values(digest: _Digest, array: pa.Array) -> None:
+def _digest_values(digest: _Digest, chunks: Sequence[pa.Array]) -> None:
     # Arrow's own bytes may differ for equal values: offsets, padding, what lies below a null.
-    digest.update(np.packbits(pc.is_valid(array).to_numpy(zero_copy_only=False)).tobytes())
-    dense = pc.drop_null(array)
-    if pa.types.is_list(array.type):
-        _digest_values(digest, pc.list_value_length(dense))
-        _digest_values(digest, pc.list_flatten(dense))
-    elif pa.types.is_string(array.type):
-        _digest_values(digest, pc.binary_length(dense))
-        if len(dense):
-            offsets = np.frombuffer(dense.buffers()[1], np.int32)[dense.offset : dense.offset + len(dense) + 1]
-            digest.update(memoryview(dense.buffers()[2])[offsets[0] : offsets[-1]])
+    valid = [pc.is_valid(chunk).to_numpy(zero_copy_only=False) for chunk in chunks]
+    digest.update(np.packbits(np.concatenate([np.empty(0, np.bool_), *valid])).tobytes())
+    dense = [chunk if chunk.null_count == 0 else pc.drop_null(chunk) for chunk in chunks]
+    kinds = {chunk.type for chunk in chunks}
+    if any(pa.types.is_list(kind) for kind in kinds):
+        _digest_values(digest, [pc.list_value_length(chunk) for chunk in dense])
+        _digest_values(digest, [pc.list_flatten(chunk) for chunk in dense])
+    elif any(pa.types.is_string(kind) for kind in kinds):
+        _digest_values(digest, [pc.binary_length(chunk) for chunk in dense])
+        for chunk in dense:
+            if len(chunk):
+                offsets = np.frombuffer(chunk.buffers()[1], np.int32)[
+                    chunk.offset : chunk.offset + len(chunk) + 1
+                ]
+                digest.update(memoryview(chunk.buffers()[2])[offsets[0] : offsets[-1]])
     else:
-        values = dense.to_numpy(zero_copy_only=False)
-        digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
+        for chunk in dense:
+            values = chunk.to_numpy(zero_copy_only=False)
+            digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)

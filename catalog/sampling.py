@@ -137,7 +137,7 @@ def image_scales(
     Raises:
         ValueError: an image with z spacing lacks an in-plane spacing, or a spacing is not positive.
     """
-    z, in_plane = spacing_zyx[:, 0], spacing_zyx[:, 1:].min(axis=1)
+    z, in_plane = spacing_zyx[:, 0], np.minimum(spacing_zyx[:, 1], spacing_zyx[:, 2])
     flat = np.isnan(z)
     if not np.all(flat | ((z > 0) & (in_plane > 0))):
         raise ValueError("a 3-D image needs three positive spacings")
@@ -154,8 +154,17 @@ def image_scales(
 
 def level_probabilities(scales: ImageScales) -> Reals:
     """Probability of every DA level for n images under random scaling: (n, 6), rows sum to 1."""
-    n = len(scales.anisotropy)
-    return np.stack([_case_masses(scales, np.full(n, a)).sum(axis=0) for a in range(LEVELS)], axis=1)
+    rules = scales.rules
+    # The scaled anisotropy lies between these, so an image has two or three levels and the others cost nothing.
+    # The room is for rounding: what a level at the edge comes to is computed all the same.
+    shrink = np.where(scales.nearly_isotropic, min(rules.depth[0], 1), 1) / np.maximum(scales.high, 1)
+    grow = np.where(scales.nearly_isotropic, max(rules.depth[1], 1), 1) / np.minimum(scales.low, 1)
+    least, most = scales.anisotropy * shrink * (1 - 1e-12), scales.anisotropy * grow * (1 + 1e-12)
+    probabilities = np.zeros((len(scales.anisotropy), LEVELS))
+    for level in range(LEVELS):
+        rows = np.flatnonzero((most >= _BOUNDS[level]) & (least < _BOUNDS[level + 1]))
+        probabilities[rows, level] = _level_probability(scales.take(rows), level)
+    return probabilities
 
 
 def draw_scales(scales: ImageScales, levels: npt.NDArray[Any], uniforms: Reals) -> tuple[Reals, Reals]:
@@ -182,6 +191,8 @@ def draw_scales(scales: ImageScales, levels: npt.NDArray[Any], uniforms: Reals) 
     depth = np.ones(len(case))
     for chosen, draw in ((1, _draw_in_plane), (2, _draw_depth), (3, _draw_both)):
         rows = np.flatnonzero(case == chosen)
+        if not rows.size:
+            continue
         depth[rows], in_plane[rows] = draw(
             scales.take(rows), levels[rows], uniforms[rows, 1], uniforms[rows, 2]
         )
@@ -195,17 +206,59 @@ def _check_level(level: int) -> None:
 
 def _case_masses(scales: ImageScales, levels: npt.NDArray[Any]) -> Reals:
     """P(scaled not at all, in-plane, in depth, in both; and the image has the level): (4, n)."""
+    rules = scales.rules
+    masses = np.zeros((4, len(scales.anisotropy)))
+    masses[:3] = _single_masses(scales, levels)
+    rows = np.flatnonzero(scales.nearly_isotropic)
+    if rows.size:
+        both = _both(scales.take(rows), levels[rows])[2].sum(axis=1)
+        masses[3, rows] = rules.in_plane_p * rules.depth_p * both
+    return masses
+
+
+def _single_masses(scales: ImageScales, levels: npt.NDArray[Any]) -> Reals:
+    """The same of the first three cases, in which at most one scale is drawn: (3, n)."""
     rules, da = scales.rules, scales.anisotropy
     lower, upper = _BOUNDS[levels], _BOUNDS[levels + 1]
     p_x = rules.in_plane_p
     p_z = np.where(scales.nearly_isotropic, rules.depth_p, 0.0)
-    masses = np.zeros((4, len(da)))
+    masses = np.zeros((3, len(da)))
     masses[0] = (1 - p_x) * (1 - p_z) * ((lower <= da) & (da < upper))
     masses[1] = p_x * (1 - p_z) * (_in_plane_cdf(scales, da / lower) - _in_plane_cdf(scales, da / upper))
     masses[2] = (1 - p_x) * p_z * (_depth_cdf(rules, upper / da) - _depth_cdf(rules, lower / da))
-    rows = np.flatnonzero(p_z)
-    masses[3, rows] = p_x * p_z[rows] * _both(scales.take(rows), levels[rows])[2].sum(axis=1)
     return masses
+
+
+def _level_probability(scales: ImageScales, level: int) -> Reals:
+    """Probability of one level for n images: (n,). The sum of `_case_masses`, up to rounding, without knots."""
+    masses = _single_masses(scales, np.full(len(scales.anisotropy), level))
+    rows = np.flatnonzero(scales.nearly_isotropic)
+    if rows.size:
+        rules, part = scales.rules, scales.take(rows)
+        lower, upper = _BOUNDS[level] / part.anisotropy, _BOUNDS[level + 1] / part.anisotropy
+        both = _ratio_cdf(part, upper) - _ratio_cdf(part, lower)
+        # Where no pair of scales has the level, rounding must not leave it a chance.
+        possible = (upper * part.high > rules.depth[0]) & (lower * part.low < rules.depth[1])
+        masses[0, rows] += rules.in_plane_p * rules.depth_p * np.where(possible, both, 0).clip(0)
+    probability: Reals = masses.sum(axis=0)
+    return probability
+
+
+def _ratio_cdf(scales: ImageScales, bound: Reals) -> Reals:
+    """P(depth scale / in-plane scale < bound), given that both are drawn: a mean over in-plane scales x.
+
+    P(depth scale < bound x) is 0, then linear, then 1 in x; its integral is 0, then a parabola, then linear.
+    """
+    low, high = scales.rules.depth
+
+    def integral(x: Reals) -> Reals:
+        value = bound * x
+        rise: Reals = (np.clip(value, low, high) - low) ** 2 / (2 * (high - low))
+        return (rise + np.maximum(value - high, 0)) / bound
+
+    width = scales.high - scales.low
+    certain = _depth_cdf(scales.rules, bound * scales.low)
+    return np.divide(integral(scales.high) - integral(scales.low), width, out=certain, where=width > 0)
 
 
 def _in_plane_cdf(scales: ImageScales, value: Reals) -> Reals:
@@ -258,10 +311,11 @@ def _draw_both(scales: ImageScales, levels: npt.NDArray[Any], u_x: Reals, u_z: R
     knots, density, masses = _both(scales, levels)
     segment = _pick(masses, u_x)[:, None]
     total = masses.sum(axis=1, keepdims=True)
-    before = np.take_along_axis(np.cumsum(masses, axis=1) - masses, segment, axis=1)
-    rest = np.clip(u_x[:, None] * total - before, 0, None)
-    start, end = (np.take_along_axis(knots, segment + i, axis=1) for i in (0, 1))
-    g0, g1 = (np.take_along_axis(density, segment + i, axis=1) for i in (0, 1))
+    row = np.arange(len(masses))[:, None]
+    before = (np.cumsum(masses, axis=1) - masses)[row, segment]
+    rest = np.maximum(u_x[:, None] * total - before, 0)
+    start, end = knots[row, segment], knots[row, segment + 1]
+    g0, g1 = density[row, segment], density[row, segment + 1]
     length = end - start
     # Solves g0 s + (g1 - g0) s^2 / (2 length) = rest in the form that does not cancel.
     slope = np.divide(g1 - g0, length, out=np.zeros_like(length), where=length > 0)

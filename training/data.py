@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
-from catalog.query import fingerprint, load_catalog
+from catalog.errors import SetupError
+from catalog.query import catalog_fingerprint, dataset_ids, read_batches, remedy_of
 from catalog.remote import open_corpus
 from catalog.sampling import CropGeometry
+from catalog.schema import CATALOG_SCHEMA
 from catalog.split import split_fingerprint
 from catalog.store import Location
 from shards.read import ShardReader
 from training.config import RunConfig
+from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
 from training.loader import BatchLoader, RawBatch, make_loader, read_batch
 from training.plan import BatchPlanner, ValidationPlanner
 from training.run import World
@@ -50,23 +57,103 @@ def open_data(place: Location, config: RunConfig) -> RunData:
     Raises SetupError if nothing is ingested or no training image is left.
     """
     corpus = open_corpus(place)
-    table = load_catalog(corpus)
+    files = _files(corpus)
     crop = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.data.tokens_x)
-    training = table.filter(pc.equal(table["split"], "train"))
-    planner = BatchPlanner(training, crop, config.data.batch_size, config.seed)
-    measured, held_out = choose_images(table, config.validation_images)
+    candidates = Candidates(config.validation_images)
+    planner = plan_batches(corpus, crop, config.data.batch_size, config.seed, candidates)
+    measured, held_out = choose_images(candidates.table(), config.validation_images)
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
     batches = ValidationPlanner(measured, shown, config.data.batch_size)
     reader = ShardReader(corpus.shards)
     columns = (measured[name].to_pylist() for name in ("dataset", "key", "modality"))
+    fingerprints = {
+        "split": split_fingerprint(corpus, corpus.datasets()),
+        "catalog": catalog_fingerprint(corpus),
+    }
+    if _files(corpus) != files:
+        raise SetupError(
+            f"the catalog below {corpus.root} changed while it was read: wait for the ingest, then start again"
+        )
     return RunData(
         corpus=corpus,
         planner=planner,
         validation=[read_batch(reader, batches.plan(number)) for number in range(len(batches))],
         validation_name="validation" if held_out else "training_images",
         modalities={f"{dataset}/{key}": modality for dataset, key, modality in zip(*columns, strict=True)},
-        fingerprints={"split": split_fingerprint(corpus, corpus.datasets()), "catalog": fingerprint(table)},
+        fingerprints=fingerprints,
     )
+
+
+def plan_batches(
+    corpus: Corpus, crop: CropGeometry, batch_size: int, seed: int, candidates: Candidates
+) -> BatchPlanner:
+    """The planner of a corpus's training images; `candidates` takes note of those to validate on."""
+    with contextlib.closing(training_tables(corpus, candidates)) as tables:
+        return BatchPlanner(tables, crop, batch_size, seed)
+
+
+def training_tables(corpus: Corpus, candidates: Candidates) -> Generator[pa.Table]:
+    """The training images in the order of dataset and key, some ten thousand rows at a time."""
+    with contextlib.closing(_ahead(_ingested(corpus))) as tables:
+        for table in tables:
+            yield _having(candidates.seen(table), "split", "train")
+
+
+def _files(corpus: Corpus) -> list[tuple[str, int, int]]:
+    """What tells whether a file of the catalog was replaced: each dataset's inode and time of change."""
+    stats = [(dataset, corpus.catalog_file(dataset).stat()) for dataset in corpus.datasets()]
+    return [(dataset, stat.st_ino, stat.st_mtime_ns) for dataset, stat in stats]
+
+
+def _ingested(corpus: Corpus) -> Iterator[pa.Table]:
+    """The ingested images in the order of dataset and key, some ten thousand at a time."""
+    columns, dictionaries = [*IMAGE_COLUMNS, "modality"], [*CODED_COLUMNS, "modality"]
+    for dataset in dataset_ids(corpus):
+        path, remedy = corpus.catalog_file(dataset), remedy_of(dataset)
+        for table in read_batches(path, remedy, columns, schema=CATALOG_SCHEMA, dictionaries=dictionaries):
+            yield _having(table, "status", "ingested")
+
+
+def _ahead(tables: Iterator[pa.Table]) -> Generator[pa.Table]:
+    """The same, the next one being read while one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = reader.submit(next, tables, None)
+            yield table
+
+
+def _having(table: pa.Table, column: str, text: str) -> pa.Table:
+    rows = is_text(table[column], text)
+    return table if rows.all() else table.filter(pa.array(rows))
+
+
+class Candidates:
+    """The images that `choose_images` may choose: of each kind and split, the first by key."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._taken: Counter[tuple[str | None, ...]] = Counter()
+        self._tables = [CATALOG_SCHEMA.empty_table().select([*IMAGE_COLUMNS, "modality"])]
+
+    def seen(self, table: pa.Table) -> pa.Table:
+        """Remember what matters of the next rows, which come in the order of dataset and key; returns them."""
+        columns = [table[name].unify_dictionaries() for name in ("dataset", "split", "modality")]
+        codes = [column.combine_chunks() for column in columns]
+        kind = np.zeros(table.num_rows, np.int64)
+        for code in codes:
+            kind = kind * (len(code.dictionary) + 1) + code.indices.fill_null(len(code.dictionary)).to_numpy()
+        for number in np.flatnonzero(np.bincount(kind)):
+            rows = np.flatnonzero(kind == number)
+            name = tuple(code[int(rows[0])].as_py() for code in codes)
+            wanted = self._count - self._taken[name]
+            if wanted > 0:
+                self._taken[name] += len(rows[:wanted])
+                self._tables.append(table.take(pa.array(rows[:wanted])).cast(self._tables[0].schema))
+        return table
+
+    def table(self) -> pa.Table:
+        return pa.concat_tables(self._tables)
 
 
 def choose_images(table: pa.Table, count: int) -> tuple[pa.Table, bool]:

@@ -10,6 +10,8 @@ Coordinates: voxel centres lie at integers, so an axis of n voxels spans [-0.5, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
 from typing import Any, Protocol
@@ -30,7 +32,9 @@ from catalog.sampling import (
     level_probabilities,
 )
 from shards.read import Box
+from training.images import Images, StoredImage
 from training.rng import Stream, uniforms
+from training.shared import ArrayWriter, SharedArray
 
 Triple = tuple[float, float, float]
 
@@ -83,26 +87,6 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredImage:
-    """Where an image's voxels lie and what they mean: the columns of the catalog that training needs."""
-
-    dataset: str
-    key: str
-    shape: tuple[int, int, int, int]
-    """(C, D, H, W)"""
-    spacing: tuple[float | None, float | None, float | None]
-    """mm along z, y, x; None where unknown, along z for 2-D."""
-    dtype: str
-    slope: float
-    intercept: float
-    window: tuple[float, float]
-    """Real values that become 0 and 1."""
-    shard_path: str
-    shard_shape: tuple[int, ...]
-    shard_index: int | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplePlan:
     """One crop. Plain numbers only, so that plans compare, pickle and print."""
 
@@ -150,18 +134,23 @@ class BatchPlanner:
     """Training batches: level by its marginal probability, then images and scales given the level.
 
     Images are drawn with replacement with probability proportional to `sampling_weight` and to their
-    probability of the level. The order of the table's rows does not matter.
+    probability of the level. The order of rows does not matter.
+
+    Whatever grows with the number of images lies in shared memory without a name, which workers map.
     """
 
     def __init__(
         self,
-        table: pa.Table,
+        rows: pa.Table | Iterable[pa.Table],
         crop: CropGeometry,
         batch_size: int,
         seed: int,
         augmentation: AugmentationConfig | None = None,
     ) -> None:
-        """Args: table: catalog rows of the training split; batch_size: crops in a step over all ranks.
+        """Args:
+            rows: catalog rows of the training split with IMAGE_COLUMNS, in any order; or several such tables
+                in the order of (dataset, key), of which one is in memory at a time.
+            batch_size: crops in a step over all ranks.
 
         Raises SetupError if a row cannot be trained on (held out, not ingested, weight or window unusable),
         or if no image has a positive weight.
@@ -174,29 +163,43 @@ class BatchPlanner:
         self.batch_size = batch_size
         self.seed = seed
         self.augmentation = augmentation or AugmentationConfig()
-        self._images = _Images(table, "train")
-        shapes = self._images.shapes
-        self._scales = image_scales(
-            self._images.spacing, shapes[:, 1:].min(axis=1), crop, self.augmentation.scale
-        )
-        self._rows, self._cumulative = self._weigh()
-
-    def _weigh(self) -> tuple[list[npt.NDArray[np.int64]], list[Reals]]:
-        """Per level: the rows that can have it, and the running sum of weight x probability over them."""
-        weights = self._images.weights()
-        masses = weights[:, None] * level_probabilities(self._scales)
-        rows = [np.flatnonzero(masses[:, level] > 0) for level in range(LEVELS)]
-        cumulative = [np.cumsum(masses[rows[level], level]) for level in range(LEVELS)]
-        if not any(len(of_level) for of_level in rows):
+        self._images = Images([rows] if isinstance(rows, pa.Table) else rows, "train")
+        self._draws = self._weigh()
+        if not any(len(draw.rows) for draw in self._draws):
             raise SetupError(
                 "no image of the training split has a positive sampling weight; see `pumit-data stats`"
             )
-        return rows, cumulative
+        self._running = np.cumsum(self.level_probabilities)
+
+    def _weigh(self) -> list[_LevelDraw]:
+        """Per level: the rows that can have it, and the running sum of weight x probability over them."""
+        number = np.min_scalar_type(len(self._images))
+        writers = [(ArrayWriter(number), ArrayWriter(np.float64)) for _ in range(LEVELS)]
+        totals = [0.0] * LEVELS
+        pieces = [slice(start, start + _PIECE_ROWS) for start in range(0, len(self._images), _PIECE_ROWS)]
+        with ThreadPoolExecutor(_WEIGHED_AT_ONCE) as pool:
+            for first in range(0, len(pieces), _WEIGHED_AT_ONCE):
+                together = pieces[first : first + _WEIGHED_AT_ONCE]
+                for piece, masses in zip(together, pool.map(self._masses, together), strict=True):
+                    for level, (rows, running) in enumerate(writers):
+                        possible = np.flatnonzero(masses[:, level] > 0)
+                        if possible.size:
+                            rows.append(possible + piece.start)
+                            sums = np.cumsum(np.append(totals[level], masses[possible, level]))[1:]
+                            running.append(sums)
+                            totals[level] = sums[-1]
+        return [_LevelDraw(rows.finish(), running.finish()) for rows, running in writers]
+
+    def _masses(self, piece: slice) -> Reals:
+        """Weight x probability of each level: (n, 6)."""
+        shape, spacing = self._images.geometry(piece)
+        scales = image_scales(spacing, np.minimum(shape[:, 1], shape[:, 2]), self.crop, self.augmentation.scale)
+        return self._images.weights(piece)[:, None] * level_probabilities(scales)
 
     @property
     def level_probabilities(self) -> Reals:
         """Marginal probability of each DA level: (6,)."""
-        masses = np.array([running[-1] if len(running) else 0.0 for running in self._cumulative])
+        masses = np.array([draw.total for draw in self._draws])
         probabilities: Reals = masses / masses.sum()
         return probabilities
 
@@ -208,7 +211,7 @@ class BatchPlanner:
         level = self._level(step)
         crop_size = self.crop.size(level)
         u = uniforms(self.seed, Stream.SAMPLE, step, first, stop - first, _DRAWS)
-        rows = _draw(self._cumulative[level], u[:, _Draw.IMAGE], self._rows[level])
+        rows = self._draws[level].draw(u[:, _Draw.IMAGE])
         samples = self._samples(np.arange(first, stop), rows, level, crop_size, u)
         return BatchPlan(
             step=step, level=level, crop_size=crop_size, global_size=self.batch_size, samples=samples
@@ -216,7 +219,7 @@ class BatchPlanner:
 
     def _level(self, step: int) -> int:
         u = uniforms(self.seed, Stream.LEVEL, step, 0, 1, 1)[:, 0]
-        return int(_draw(np.cumsum(self.level_probabilities), u, np.arange(LEVELS))[0])
+        return int(_drawn(self._running, u)[0])
 
     def _samples(
         self,
@@ -226,13 +229,14 @@ class BatchPlanner:
         crop_size: tuple[int, int, int],
         u: Reals,
     ) -> tuple[SamplePlan, ...]:
-        config, scales = self.augmentation, self._scales.take(rows)
+        config, (shape, spacing) = self.augmentation, self._images.geometry(rows)
+        scales = image_scales(spacing, np.minimum(shape[:, 1], shape[:, 2]), self.crop, config.scale)
         depth_scale, in_plane_scale = draw_scales(
             scales, np.full(len(rows), level), u[:, [_Draw.SCALE_CASE, _Draw.SCALE_X, _Draw.SCALE_Z]]
         )
         scale = np.stack([depth_scale, in_plane_scale, in_plane_scale], axis=1)
-        matrix = _matrices(config, scales, self._images.spacing[rows], scale, u)
-        shape, size = self._images.shapes[rows], np.array(crop_size)
+        matrix = _matrices(config, scales, spacing, scale, u)
+        size = np.array(crop_size)
         centre = _centres(shape, size, scale, u[:, [_Draw.POSITION_Z, _Draw.POSITION_Y, _Draw.POSITION_X]])
         box = _boxes(shape, size, centre, matrix, self.crop.max_read_slices)
         return _sample_plans(
@@ -259,7 +263,7 @@ class ValidationPlanner:
         if batch_size < 1:
             raise SetupError(f"the batch size must be at least 1, got {batch_size}")
         self.crop = crop
-        self._images = _Images(table, "validation")
+        self._images = Images([table], "validation")
         self._batches = [
             (level, rows[start : start + batch_size])
             for level in range(LEVELS)
@@ -275,7 +279,7 @@ class ValidationPlanner:
         level, rows = self._batches[step]
         first, stop = _slice(len(rows), rank, world)
         crop_size = self.crop.size(level)
-        shape, size = self._images.shapes[rows[first:stop]], np.array(crop_size)
+        (shape, _), size = self._images.geometry(rows[first:stop]), np.array(crop_size)
         start = np.where(shape >= size, shape // 2 - size // 2, -((size - shape) // 2))
         centre = start + (size - 1) / 2
         matrix = np.broadcast_to(np.eye(3), (stop - first, 3, 3))
@@ -302,6 +306,12 @@ def visible_indices(
     order = uniforms(seed, Stream.VISIBLE, step, global_index, 1, length)[0].argsort(kind="stable")
     return np.sort(order[:n_visible])
 
+
+_PIECE_ROWS = 1 << 14
+"""Images weighed in one go: few enough for a processor's cache."""
+
+_WEIGHED_AT_ONCE = 8
+"""Pieces of so many images in as many threads: more would wait for the sums, which are made in order."""
 
 _DRAWS = 32
 """Random numbers set aside for each sample: more than are used, so that one more shifts none."""
@@ -335,97 +345,36 @@ class _Draw(IntEnum):
     GAMMA_INVERTED = auto()
 
 
-class _Images:
-    """The catalog columns of one split that planning and reading need, in the order of (dataset, key)."""
-
-    _COLUMNS = (
-        *("dataset", "key", "split", "status", "sampling_weight", "da_level"),
-        *("shape_c", "shape_d", "shape_h", "shape_w", "spacing_z", "spacing_y", "spacing_x"),
-        *("stored_dtype", "slope", "intercept", "window_low", "window_high"),
-        *("shard_path", "shard_shape", "shard_index"),
-    )
-
-    def __init__(self, table: pa.Table, split: str) -> None:
-        order = [("dataset", "ascending"), ("key", "ascending")]
-        self._table = table.select(list(self._COLUMNS)).sort_by(order).combine_chunks()
-        self._require(
-            (self._column("split") == split) & (self._column("status") == "ingested"),
-            f"is not an ingested image of the {split} split: give the planner the rows of that split only",
-        )
-        self._require(
-            self._reals("window_low") < self._reals("window_high"),
-            "has no usable intensity window (window_low < window_high): ingest it again, or leave it out",
-        )
-        self.shapes = np.stack([self._reals(f"shape_{axis}") for axis in "dhw"], axis=1).astype(np.int64)
-        """(n, 3): D, H, W"""
-        self.spacing = np.stack([self._reals(f"spacing_{axis}") for axis in "zyx"], axis=1)
-        """(n, 3) mm: z, y, x; NaN for null"""
-        self._require(
-            np.isnan(self.spacing[:, 0]) | (self.spacing > 0).all(axis=1),
-            "is 3-D and lacks a positive spacing: ingest it again, or leave it out",
-        )
-        self.levels = self._reals("da_level")
-        """(n,): DA level without scaling"""
-        self._require(
-            np.isin(self.levels, range(LEVELS)), "has no DA level from 0 to 5: ingest it again, or leave it out"
-        )
-
-    def _column(self, name: str) -> npt.NDArray[Any]:
-        """One column as an array; null becomes None or NaN."""
-        return np.asarray(self._table[name].to_numpy())
-
-    def weights(self) -> Reals:
-        """Sampling weights (n,), checked."""
-        weights = self._reals("sampling_weight")
-        self._require(
-            np.isfinite(weights) & (weights >= 0),
-            "has no usable sampling weight (a number >= 0): ingest its dataset again, or check the mix",
-        )
-        return weights
-
-    def take(self, rows: npt.NDArray[np.int64]) -> list[StoredImage]:
-        """The images at some rows, in that order."""
-        return [_stored_image(row) for row in self._table.take(pa.array(rows)).to_pylist()]
-
-    def _reals(self, name: str) -> Reals:
-        return self._column(name).astype(np.float64)
-
-    def _require(self, good: npt.NDArray[np.bool_], problem: str) -> None:
-        bad = np.flatnonzero(~good)
-        if bad.size:
-            row = self._table.slice(int(bad[0]), 1).to_pylist()[0]
-            others = f" ({bad.size - 1} more like it)" if bad.size > 1 else ""
-            raise SetupError(f"{row['dataset']}/{row['key']} {problem}{others}")
-
-
-def _stored_image(row: dict[str, Any]) -> StoredImage:
-    return StoredImage(
-        dataset=row["dataset"],
-        key=row["key"],
-        shape=(row["shape_c"], row["shape_d"], row["shape_h"], row["shape_w"]),
-        spacing=(row["spacing_z"], row["spacing_y"], row["spacing_x"]),
-        dtype=row["stored_dtype"],
-        slope=row["slope"],
-        intercept=row["intercept"],
-        window=(row["window_low"], row["window_high"]),
-        shard_path=row["shard_path"],
-        shard_shape=tuple(row["shard_shape"]),
-        shard_index=row["shard_index"],
-    )
-
-
 def _slice(size: int, rank: int, world: int) -> tuple[int, int]:
     if not 0 <= rank < world:
         raise SetupError(f"the rank must be in 0 ... {world - 1}, got {rank}")
     return rank * size // world, (rank + 1) * size // world
 
 
-def _draw(cumulative: Reals, u: Reals, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Values drawn with the probabilities whose running sum is `cumulative`."""
-    index = np.searchsorted(cumulative, u * cumulative[-1], side="right")
+@dataclass(frozen=True, slots=True)
+class _LevelDraw:
+    """Images drawn in proportion to how often they have a level."""
+
+    rows: SharedArray
+    """Those that can have it."""
+    running: SharedArray
+    """The running sum of their masses."""
+
+    @property
+    def total(self) -> float:
+        return float(self.running.values[-1]) if len(self.running) else 0.0
+
+    def draw(self, u: Reals) -> npt.NDArray[np.int64]:
+        """One row for each number in [0, 1)."""
+        rows: npt.NDArray[np.int64] = self.rows.values[_drawn(self.running.values, u)].astype(np.int64)
+        return rows
+
+
+def _drawn(running: Reals, u: Reals) -> npt.NDArray[np.int64]:
+    """Indices drawn with the probabilities whose running sum is given. Two dozen steps for ten million."""
+    index = np.searchsorted(running, u * running[-1], side="right")
     # u * total may round up to total; entries of no mass at the end must not be reached by that.
-    last = np.searchsorted(cumulative, cumulative[-1], side="left")
-    drawn: npt.NDArray[np.int64] = values[np.minimum(index, last)]
+    drawn: npt.NDArray[np.int64] = np.minimum(index, np.searchsorted(running, running[-1], side="left"))
     return drawn
 
 
@@ -513,7 +462,9 @@ def _plain(column: npt.NDArray[Any] | list[StoredImage]) -> list[Any]:
     """Rows of an array of one to three axes as plain numbers and tuples."""
     if not isinstance(column, np.ndarray):
         return column
-    rows = column.tolist()
-    if column.ndim == 2:
-        return [tuple(row) for row in rows]
-    return [tuple(map(tuple, row)) for row in rows] if column.ndim == 3 else rows
+    if column.ndim == 1:
+        values: list[Any] = column.tolist()
+        return values
+    # Transposed first, so that one `zip` makes the tuples of all rows.
+    axes = [_plain(column[:, axis]) for axis in range(column.shape[1])]
+    return list(zip(*axes, strict=True))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
-from catalog.query import fingerprint, load_catalog
+from catalog.query import catalog_fingerprint, fingerprint, load_catalog
 from catalog.schema import CATALOG_SCHEMA
 from catalog.write import merge_dataset
 
@@ -167,3 +167,35 @@ def test_the_fingerprint_is_the_same_for_ever() -> None:
         ["dataset", "key", "spacing_z", "body_part", "da_level", "message", "crop_box"]
     )
     assert fingerprint(table) == "ba82b83d9310b344d6173489ac555571e5b50aba4c3504de6fb6d38c0822e44a"
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 2, 1]])
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_fingerprint_of_a_corpus_is_that_of_its_ingested_images(
+    corpus: Corpus, order: list[int], version: int
+) -> None:
+    rows = [
+        row("zoo", "a", body_part=["head", "neck"], spacing_z=1.5, message="ä"),
+        row("zoo", "b", body_part=None, crop_box=[1, 2]),
+        row("zoo", "c", status="excluded", spacing_z=9.0, body_part=["chest"]),
+        row("zoo", "d", split="validation", body_part=[]),
+    ]
+    merge_dataset(corpus, "zoo", rows, [])
+    table = pa.Table.from_pylist([rows[number] for number in order], schema=CATALOG_SCHEMA)
+    if version == 1:
+        table = table.drop_columns(["shard_sha256"])
+    table = table.replace_schema_metadata({"pumit_schema_version": str(version)})
+    pq.write_table(table, corpus.catalog_file("zoo"), row_group_size=3)
+    assert catalog_fingerprint(corpus) == fingerprint(load_catalog(corpus))
+
+
+def test_the_fingerprint_of_a_damaged_corpus_is_refused(corpus: Corpus) -> None:
+    path = corpus.catalog_file("amos")
+    column = pq.read_metadata(path).row_group(0).column(CATALOG_SCHEMA.get_field_index("subject"))
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(SetupError, match=r"images\.parquet is damaged.*make ingest DATASET=amos"):
+        catalog_fingerprint(corpus)
+    with pytest.raises(SetupError, match="make ingest DATASET="):
+        catalog_fingerprint(Corpus(path))

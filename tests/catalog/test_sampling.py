@@ -227,3 +227,17 @@ def test_impossible_settings_are_refused() -> None:
         ScaleRules(depth_p=1.5)
     with pytest.raises(ValueError, match="level"):
         TOKENIZER.size(6)
+
+
+@given(spacings, sides, st.integers(0, LEVELS - 1))
+def test_a_level_can_be_drawn_if_and_only_if_it_has_a_probability(
+    spacing: tuple[float, float, float], side: int, level: int
+) -> None:
+    scales = scales_of(spacing, side)
+    probability = level_probabilities(scales)[0, level]
+    try:
+        draw_scales(scales, np.array([level]), np.full((1, 3), 0.5))
+    except ValueError:
+        assert probability == 0
+    else:
+        assert probability > 0

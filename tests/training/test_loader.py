@@ -158,6 +158,27 @@ def test_ranks_together_read_the_global_batch(
         assert all((part.level, part.global_size) == (plan.level, 5) for part, _ in parts)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    ("world", "workers", "first"),
+    [(1, 0, 2), (2, 0, 5), (4, 0, 1), (8, 0, 6), (2, 2, 6), pytest.param(8, 1, 7, marks=pytest.mark.slow)],
+)
+def test_a_resumed_run_may_have_other_ranks_and_workers(
+    prepared: Prepared, world: int, workers: int, first: int
+) -> None:
+    corpus, rows, _ = prepared
+    uninterrupted = [content(batch) for batch in make_loader(corpus, planner(rows, 9), 0, STEPS - 1, workers=0)]
+    ranks = [
+        make_loader(corpus, planner(rows, 9), first, STEPS - 1, workers, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    for (plan, boxes), *parts in zip(uninterrupted[first:], *ranks, strict=True):
+        read = [content(part) for part in parts]
+        assert tuple(sample for part, _ in read for sample in part.samples) == plan.samples
+        assert [box for _, part in read for box in part] == boxes
+        assert {(part.step, part.level) for part, _ in read} == {(plan.step, plan.level)}
+
+
 def test_loading_leaves_the_random_state_alone(prepared: Prepared) -> None:
     corpus, rows, _ = prepared
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_the_order_of_rows_does_not_matter() -> None:
     ]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 12])
 def test_ranks_share_the_global_batch(world: int) -> None:
     ours = planner(batch_size=13)
     for step in range(10):
@@ -140,13 +141,40 @@ def test_plans_and_planners_travel_to_workers() -> None:
     assert len(pickle.dumps(plan)) < 1000 * len(plan.samples)
 
 
-def test_levels_and_images_follow_the_weights() -> None:
+def test_what_is_sent_to_workers_does_not_grow_with_the_images() -> None:
+    few, many = (planner([image(f"{i:04d}") for i in range(n)]) for n in (3, 3000))
+    assert abs(len(pickle.dumps(many)) - len(pickle.dumps(few))) < 100
+    assert pickle.loads(pickle.dumps(many)).plan(0) == many.plan(0)
+
+
+def test_rows_may_come_in_several_tables() -> None:
+    rows = mixed_rows() + [{**row, "dataset": "other"} for row in mixed_rows()]
+    rows.sort(key=lambda row: (row["dataset"], row["key"]))
+    whole = planner(rows)
+    for cuts in ([5], [1, 2, 2, 19], [10]):
+        ends = [0, *cuts, len(rows)]
+        tables = [table(*rows[start:stop]) for start, stop in itertools.pairwise(ends)]
+        coded = [part.set_column(*coded_column(part, "stored_dtype")) for part in tables]
+        for parts in (tables, coded):
+            parted = BatchPlanner(iter(parts), CROP, 12, 3)
+            assert [parted.plan(step) for step in range(20)] == [whole.plan(step) for step in range(20)]
+    with pytest.raises(SetupError, match="demo/five comes after other/xray"):
+        BatchPlanner([table(*rows[10:]), table(*rows[:10])], CROP, 12, 3)
+
+
+def coded_column(of: pa.Table, name: str) -> tuple[int, pa.Field, pa.ChunkedArray]:
+    """A column as dictionary codes, as files of the catalog are read."""
+    codes = of[name].dictionary_encode()
+    return of.column_names.index(name), pa.field(name, codes.type), codes
+
+
+@pytest.mark.parametrize("steps", [1200, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_levels_and_images_follow_the_weights(steps: int) -> None:
     rows = mixed_rows()
     ours = planner(rows, batch_size=50)
     expected = image_weights(rows)
     expected /= expected.sum()
     assert ours.level_probabilities == pytest.approx(expected.sum(axis=0))
-    steps = 1200
     seen_levels = np.zeros(LEVELS)
     seen = np.zeros((len(rows), LEVELS))
     number = {row["key"]: i for i, row in enumerate(rows)}
@@ -349,6 +377,11 @@ def test_visible_tokens() -> None:
         ({"window_high": -100.0}, "demo/iso has no usable intensity window"),
         ({"spacing_y": None}, "demo/iso is 3-D and lacks a positive spacing"),
         ({"da_level": None}, "demo/iso has no DA level"),
+        ({"shard_path": None}, "demo/iso lacks the shape, the type or the place"),
+        ({"shard_shape": [64, 64]}, "demo/iso lacks the shape, the type or the place"),
+        ({"shard_shape": None}, "demo/iso lacks the shape, the type or the place"),
+        ({"stored_dtype": None}, "demo/iso lacks the shape, the type or the place"),
+        ({"shape_c": None}, "demo/iso lacks the shape, the type or the place"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_named(change: dict[str, Any], message: str) -> None:
@@ -403,6 +436,34 @@ def test_validation_shared_by_ranks() -> None:
 def test_training_rows_are_no_validation_rows() -> None:
     with pytest.raises(SetupError, match="validation split"):
         ValidationPlanner(table(*mixed_rows()), CROP, batch_size=2)
+
+
+def test_crops_are_planned_as_the_reference_sampler_does(shared: Path) -> None:
+    reference = json.loads((shared / "reference" / "08_sampler.json").read_text())
+    images = {(case["config"], tuple(case["shape"]), tuple(case["spacing"])): [] for case in reference["cases"]}
+    for case in reference["cases"]:
+        images[case["config"], tuple(case["shape"]), tuple(case["spacing"])].append(case)
+    for (name, shape, spacing), cases in images.items():
+        config = reference["configs"][name]
+        crop = CropGeometry(tokens_z=config["tz"], tokens_x=config["tx"])
+        ours = BatchPlanner(table(image("a", shape, spacing)), crop, batch_size=40, seed=5)
+        ranges = [case["scale_x_range"] for case in cases if case["scale_x_range"]]
+        low, high = ranges[0] if ranges else (0.75, 2.0)
+        eligible = any(case["scale_z_eligible"] for case in cases)
+        seen = {}
+        for plan in (ours.plan(step) for step in range(30)):
+            seen[plan.level] = plan.crop_size
+            for sample in plan.samples:
+                scale_z, scale_y, scale_x = sample.scale
+                assert scale_y == scale_x
+                assert scale_x in (1.0, pytest.approx(low)) or low <= scale_x <= high
+                assert scale_z == 1 or (eligible and 0.8 <= scale_z <= 1.25)
+                assert plan.level in level_of(sample)
+        for case in cases:
+            if case["aniso_d"] in seen:
+                assert seen[case["aniso_d"]] == tuple(case["crop_size"])
+        unscaled = [case["aniso_d"] for case in cases if case["scale"] == [1.0, 1.0, 1.0]]
+        assert seen.keys() & {*unscaled}, "a quarter of the crops at least are not scaled"
 
 
 def test_validation_depth_is_cropped_and_padded_as_in_the_reference(shared: Path) -> None:

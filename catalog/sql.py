@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -51,14 +52,15 @@ def query(corpus: Corpus, sql: str) -> Iterator[pa.RecordBatch]:
     name; if a file of the catalog is damaged; or as `catalog.query.dataset_ids`.
     """
     connection = _sandbox(corpus)
-    with _explained(corpus):
+    with _explained(corpus), _interruptible(connection) as run:
         _check(connection, sql)
-        reader = connection.sql(sql).to_arrow_reader(_BATCH_ROWS)
+        reader = run(lambda: connection.sql(sql).to_arrow_reader(_BATCH_ROWS))
         names = reader.schema.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise SetupError(f"the result has several columns {twice[0]!r}: name them apart with AS.")
         yield pa.RecordBatch.from_pylist([], schema=reader.schema)
-        yield from reader
+        while (batch := run(lambda: next(reader, None))) is not None:
+            yield batch
 
 
 def select(corpus: Corpus, columns: Sequence[str], where: str) -> pa.Table:
@@ -67,11 +69,11 @@ def select(corpus: Corpus, columns: Sequence[str], where: str) -> pa.Table:
     Raises SetupError as `query`.
     """
     connection = _sandbox(corpus)
-    with _explained(corpus):
+    with _explained(corpus), _interruptible(connection) as run:
         _check(connection, f"SELECT * FROM {VIEW} WHERE (\n{where}\n)")  # noqa: S608 (the user's own SQL, boxed in)
         # `filter` takes an expression and nothing behind it, whatever brackets it closes.
         rows = connection.view(VIEW).filter(where).select(*columns)
-        return rows.to_arrow_table().select(list(columns))
+        return run(rows.to_arrow_table).select(list(columns))
 
 
 def _sandbox(corpus: Corpus) -> DuckDBPyConnection:
@@ -118,6 +120,22 @@ def _table_functions(tree: Any) -> Iterator[str]:
             nodes += node.values()
         elif isinstance(node, list):
             nodes += node
+
+
+@contextmanager
+def _interruptible(connection: DuckDBPyConnection) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Runs calls beside the main thread: while DuckDB computes there, no signal would be looked at."""
+    with ThreadPoolExecutor(1) as thread:
+
+        def run(call: Callable[[], Any]) -> Any:
+            running = thread.submit(call)
+            try:
+                return running.result()
+            except BaseException:
+                connection.interrupt()
+                raise
+
+        yield run
 
 
 @contextmanager

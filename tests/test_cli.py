@@ -145,7 +145,10 @@ def test_a_long_query_can_be_interrupted(tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 3
     assert "Traceback" not in errors
 

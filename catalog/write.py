@@ -81,7 +81,8 @@ def merge_batches(corpus: Corpus, dataset: str, batches: Iterable[tuple[Rows, Ro
             yield table.filter(pc.invert(reread_paths.mask(table["source_path"])))
 
     gone = NameSet()
-    for table in earlier(file, CATALOG_SCHEMA):
+    identities = read_batches(file, remedy_of(dataset), ["key", "source_path"])
+    for table in identities if file.is_file() else ():
         gone.add(table["key"].filter(reread_paths.mask(table["source_path"])).to_pylist())
     for path in (file, pictures_file):
         # A flipped bit must not enter the new file, whose hash would vouch for it.

@@ -115,7 +115,7 @@ def run_task(task: IngestTask) -> TaskResult:
     """
     use_one_thread()
     with Journal(task.corpus, task.dataset).taking_part(task.run):
-        stamps = {source.public_path: stamp_of(source) for source in task.sources}
+        stamps = {source.public_path: Stamp.if_any(source.file) for source in task.sources}
         try:
             rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
         except OSError:
@@ -147,7 +147,7 @@ def record_lost_task(task: IngestTask) -> TaskResult:
         )
         for source in task.sources
     ]
-    return _record(task, rows, {source.public_path: stamp_of(source) for source in task.sources})
+    return _record(task, rows, {source.public_path: Stamp.if_any(source.file) for source in task.sources})
 
 
 def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stamp]) -> TaskResult:
@@ -166,11 +166,6 @@ def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stam
         source_bytes=sum(max(stamp.size, 0) for stamp in stamps.values()),
         stored_bytes=sum(row.get("stored_bytes") or 0 for row in complete),
     )
-
-
-def stamp_of(source: ImageSource) -> Stamp:
-    """Stamp of a source; of one that cannot be listed, a stamp that equals no real one."""
-    return Stamp.if_any(source.file)
 
 
 @functools.cache

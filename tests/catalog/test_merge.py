@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import catalog.write
@@ -59,6 +59,7 @@ def test_equal_keys_of_several_streams_come_together(streams: list[list[str]], c
 
 @many
 @given(names=st.lists(keys), asked=st.lists(keys | st.none()))
+@example(names=[""], asked=["\0", "a\0b", None])
 def test_a_set_of_names(names: list[str], asked: list[str | None]) -> None:
     members = NameSet()
     members.add(names)

@@ -64,6 +64,11 @@ class Corpus:
     def split_file(self, dataset: str) -> Path:
         return self.root / "splits" / f"{dataset}.parquet"
 
+    @property
+    def duplicates_file(self) -> Path:
+        """What `pumit-data duplicates` found; it can be made anew from the catalog at any time."""
+        return self.root / "catalog" / "duplicates.parquet"
+
     def datasets(self) -> list[str]:
         """Ids of the datasets that have a catalog file, sorted."""
         found = (self.root / "catalog").glob("dataset=*/images.parquet")

@@ -1,0 +1,40 @@
+"""Which images show the same, as `pumit-data duplicates` found it: groups, of which one member is kept."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from catalog.corpus import Corpus
+from catalog.query import read_table
+from catalog.schema import SCHEMA_VERSION
+
+DUPLICATES_SCHEMA = pa.schema(
+    [
+        pa.field("group", pa.int64(), nullable=False, metadata={"description": "number of the group, from 0"}),
+        pa.field("dataset", pa.string(), nullable=False, metadata={"description": "id of the dataset"}),
+        pa.field(
+            "key", pa.string(), nullable=False, metadata={"description": "key of the image in the catalog"}
+        ),
+        pa.field("kind", pa.string(), nullable=False, metadata={"description": "exact | near"}),
+        pa.field("kept", pa.bool_(), nullable=False, metadata={"description": "the one member that trains"}),
+    ],
+    metadata={"pumit_schema_version": str(SCHEMA_VERSION)},
+)
+"""One row per image that has a duplicate, sorted by group, dataset and key."""
+
+_REMEDY = "Type `pumit-data duplicates`, which writes it anew."
+
+
+def load_groups(corpus: Corpus) -> pa.Table | None:
+    """The rows of DUPLICATES_SCHEMA; None where nobody has looked for duplicates.
+
+    Raises SetupError if the file is damaged or of a later version.
+    """
+    path = corpus.duplicates_file
+    return read_table(path, _REMEDY) if path.is_file() else None
+
+
+def superfluous(groups: pa.Table) -> pa.Table:
+    """Dataset and key of the members that another of their group stands for."""
+    return groups.filter(pc.invert(groups["kept"])).select(["dataset", "key"])

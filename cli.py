@@ -686,6 +686,99 @@ def mim(
     _train("mim", preset, overrides, data_dir, run, resume)
 
 
+evaluate_app = typer.Typer(help="Measure what a trained model can do.", no_args_is_help=True)
+train.add_typer(evaluate_app, name="evaluate")
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Run folder, checkpoint, export, or id of a model on a hub."),
+]
+
+
+@evaluate_app.command("tokenizer")
+def evaluate_a_tokenizer(
+    model: ModelArgument,
+    data_dir: DataOption = Path("data"),
+    images: Annotated[int, typer.Option(min=1, help="Held-out images to measure on, of every kind.")] = 64,
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Table and pictures go here.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a tokenizer's reconstructions and use of its codebook, by modality and DA level."""
+    from catalog.output import batches_of, printable, write_csv, write_json
+    from training.data import open_validation
+    from training.evaluate import draw_codebook, draw_reconstructions, evaluate_tokenizer
+    from training.pretrained import load_tokenizer
+    from training.run import choose_device
+
+    where = choose_device(device)
+    network = load_tokenizer(model).to(where)
+    held_out = open_validation(data_dir, images)
+    if not held_out.held_out:
+        typer.echo("note: nobody is held out in this corpus; these are training images", err=True)
+    evaluation = evaluate_tokenizer(network, held_out.batches, held_out.modalities, where)
+    table = evaluation.table()
+    if as_json:
+        write_json(batches_of(table), sys.stdout.buffer)
+    else:
+        _print(printable(batches_of(table)))
+    if output is not None:
+        with _writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            draw_reconstructions(evaluation, output / "reconstructions.png")
+            draw_codebook(evaluation, output / "codebook.png")
+            with (output / "table.csv").open("wb") as stream:
+                write_csv(batches_of(table), stream)
+        if not as_json:
+            _print(f"Table and pictures: {output}")
+
+
+@train.command("export")
+def export_model(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the export.")],
+    encoder: Annotated[
+        bool, typer.Option("--encoder", help="Of a ViT, leave out the head of its pre-training.")
+    ] = False,
+) -> None:
+    """Write a trained model as weights (safetensors), configuration (JSON) and model card."""
+    from training.mim import MaskedImageModel
+    from training.pretrained import export_pretrained, find_pretrained, load_pretrained, training_of
+
+    place = find_pretrained(model)
+    trained = load_pretrained(place)
+    if encoder:
+        if not isinstance(trained, MaskedImageModel):
+            raise SetupError(f"{model} has no head to leave out: export it without --encoder")
+        trained = trained.vit
+    with _writing(output):
+        export_pretrained(trained, output, training_of(place))
+    _print(f"Exported: {output}")
+
+
+@train.command("import")
+def import_model(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".safetensors, .pt, .pth, .bin or .ckpt")],
+    output: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New folder for the model.")],
+    kind: Annotated[
+        Literal["tokenizer", "mim", "vit"],
+        typer.Option(help="What the file holds; vit takes the encoder alone, from EVA-02 too."),
+    ],
+    preset: Annotated[str, typer.Option(help="How large the model is.")] = "paper",
+    settings: SetOption = None,
+) -> None:
+    """Read weights of others: published PUMIT checkpoints, or EVA-02. Nothing in the file is executed."""
+    from training.convert import import_weights
+
+    with _writing(output):
+        report = import_weights(kind, file, output, preset, settings or [])
+    _print(str(report))
+    _print(f"Imported: {output}")
+
+
 def _train(
     kind: Literal["tokenizer", "mim"],
     preset: str,

@@ -84,6 +84,42 @@ def open_data(place: Location, config: RunConfig) -> RunData:
     )
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Images to measure a finished model on."""
+
+    batches: list[RawBatch]
+    """Centre crops of the size that the paper trains its tokenizer on."""
+    modalities: dict[str, str]
+    """`dataset/key` -> modality."""
+    held_out: bool
+    """False where the corpus is too small to hold anyone out."""
+
+
+def open_validation(place: Location, images: int) -> Validation:
+    """Read up to `images` held-out images, of every dataset and modality.
+
+    Raises SetupError if nothing is ingested.
+    """
+    corpus = open_corpus(place)
+    candidates = Candidates(images)
+    with contextlib.closing(_ahead(_ingested(corpus))) as tables:
+        for table in tables:
+            candidates.seen(table)
+    chosen, held_out = choose_images(candidates.table(), images)
+    planner, reader = ValidationPlanner(chosen, _EVALUATED, _EVALUATED_AT_ONCE), ShardReader(corpus.shards)
+    columns = (chosen[name].to_pylist() for name in ("dataset", "key", "modality"))
+    return Validation(
+        batches=[read_batch(reader, planner.plan(number)) for number in range(len(planner))],
+        modalities={f"{dataset}/{key}": modality for dataset, key, modality in zip(*columns, strict=True)},
+        held_out=held_out,
+    )
+
+
+_EVALUATED = CropGeometry(tokens_z=4, tokens_x=8)
+_EVALUATED_AT_ONCE = 4
+
+
 def plan_batches(
     corpus: Corpus, crop: CropGeometry, batch_size: int, seed: int, candidates: Candidates
 ) -> BatchPlanner:

@@ -5,7 +5,6 @@ Shape suffixes: B crops, C channels, D H W voxels, d h w tokens, L = d * h * w, 
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,21 @@ import torch
 from torch import Tensor
 
 from catalog.errors import SetupError
+from catalog.manifest import digest_of
 from catalog.store import Location
 from training.augment import Crops, render
 from training.config import MimRunConfig
 from training.data import RunData, open_data
 from training.loader import RawBatch
-from training.mim import MaskedImageModel, MIMConfig, mim_loss, n_visible, visible_mask
+from training.mim import MaskedImageModel, mim_loss, n_visible, visible_mask
+from training.models import build_mim
 from training.optim import adamw, learning_rate, set_learning_rate
 from training.pictures import Row, caption, contact_sheet, hide, middle_slice
 from training.plan import visible_indices
+from training.pretrained import find_pretrained, load_tokenizer
 from training.run import Run
 from training.tokenizer import Tokenizer
-from training.train_tokenizer import checkpoint_of_tokenizer, load_tokenizer
 from training.validation import Means, evaluating
-from training.vit import ViTConfig
 from training.weights import load_weights
 
 
@@ -43,12 +43,12 @@ def train(config: MimRunConfig, corpus: Location, run_dir: Path, resume: bool) -
             "the targets come from a trained tokenizer: run `pumit-train tokenizer` first and give its --run "
             "folder with --set tokenizer=PATH"
         )
-    checkpoint = checkpoint_of_tokenizer(config.tokenizer)
+    pretrained = find_pretrained(config.tokenizer)
     data = open_data(corpus, config)
-    fingerprints = data.fingerprints | {"tokenizer": _sha256(checkpoint / "model.safetensors")}
+    fingerprints = data.fingerprints | {"tokenizer": digest_of(pretrained / "model.safetensors")}
     with Run(run_dir, config, fingerprints=fingerprints, resume=resume) as run:
         # Networks
-        tokenizer = load_tokenizer(checkpoint).to(run.device).eval().requires_grad_(False)
+        tokenizer = load_tokenizer(pretrained).to(run.device).eval().requires_grad_(False)
         model = build_mim(config, tokenizer.config.codebook_size)
         if config.initial_weights is not None:
             run.console.print(str(load_weights(model, config.initial_weights)))
@@ -142,27 +142,6 @@ def picture_rows(
     return rows
 
 
-def build_mim(config: MimRunConfig, codebook_size: int) -> MaskedImageModel:
-    """A new model of the configured size, with a head for `codebook_size` codes."""
-    model, tokens = config.model, config.data
-    vit = ViTConfig(
-        dim=model.dim,
-        depth=model.depth,
-        heads=model.heads,
-        position_grid=(tokens.tokens_z, tokens.tokens_x, tokens.tokens_x),
-        drop_path=model.drop_path,
-        checkpoint_blocks=model.recompute_blocks,
-    )
-    return MaskedImageModel(
-        MIMConfig(
-            vit=vit,
-            codebook_size=codebook_size,
-            mask_ratio=model.mask_ratio,
-            mask_layer_ids=tuple(range(model.mask_from_block, model.depth)),
-        )
-    )
-
-
 def draw_visible(config: MimRunConfig, batch: RawBatch, length: int) -> Tensor:
     """Which of `length` patch tokens each crop shows to the ViT: (B, V) int64 on the CPU, ascending.
 
@@ -171,8 +150,3 @@ def draw_visible(config: MimRunConfig, batch: RawBatch, length: int) -> Tensor:
     count = n_visible(length, config.model.mask_ratio)
     rows = [visible_indices(config.seed, batch.step, index, length, count) for index in batch.indices]
     return torch.from_numpy(np.stack(rows))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

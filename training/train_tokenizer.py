@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model
 from torch import Tensor
 
-from catalog.errors import SetupError
 from catalog.store import Location
 from training.augment import render
-from training.config import TokenizerModelConfig, TokenizerRunConfig, parse
+from training.config import TokenizerRunConfig
 from training.data import RunData, open_data
 from training.discriminator import PatchDiscriminator
 from training.losses import (
@@ -29,11 +27,12 @@ from training.losses import (
     reconstruction_loss,
 )
 from training.lpips import load_lpips
+from training.models import build_tokenizer
 from training.optim import adamw, learning_rate, set_learning_rate
 from training.pictures import Row, caption, contact_sheet, middle_slice
 from training.quantizer import mean_usage, perplexity, utilisation
-from training.run import Run, newest_checkpoint, read_state
-from training.tokenizer import Tokenizer, TokenizerConfig
+from training.run import Run
+from training.tokenizer import Tokenizer
 from training.validation import Means, evaluating, psnr
 
 
@@ -169,39 +168,3 @@ def validate(run: Run, step: int, tokenizer: Tokenizer, data: RunData) -> dict[s
     title = f"tokenizer, step {step + 1}"
     contact_sheet(run.picture_file(step), title, ["input", "reconstruction"], rows)
     return measured
-
-
-def build_tokenizer(model: TokenizerModelConfig) -> Tokenizer:
-    """A new tokenizer of the configured size."""
-    return Tokenizer(
-        TokenizerConfig(
-            codebook_size=model.codebook_size,
-            embedding_dim=model.embedding_dim,
-            feature_channels=model.channels[-1],
-            encoder_channels=model.channels,
-            decoder_channels=model.channels[::-1],
-            output_merge=model.output_merge,
-        )
-    )
-
-
-def checkpoint_of_tokenizer(path: Path) -> Path:
-    """The checkpoint folder that `path` means: the newest of a run folder, or itself.
-
-    Raises SetupError if there is no tokenizer.
-    """
-    checkpoint = path if (path / "state.json").is_file() else newest_checkpoint(path)
-    if checkpoint is None:
-        raise SetupError(
-            f"{path} holds no trained tokenizer: run `pumit-train tokenizer` first and give its --run folder "
-            "with --set tokenizer=PATH"
-        )
-    return checkpoint
-
-
-def load_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The trained tokenizer of a checkpoint folder. Raises SetupError if it is of something else."""
-    config = parse(TokenizerRunConfig, read_state(checkpoint)["config"], f"checkpoint {checkpoint}")
-    tokenizer = build_tokenizer(config.model)
-    load_model(tokenizer, checkpoint / "model.safetensors")
-    return tokenizer

@@ -1,4 +1,4 @@
-"""Weights of the universal ViT from and to files: 2-D EVA-02, the reference implementation, and our own.
+"""Weights of the universal ViT from files: 2-D EVA-02, the reference implementation, and our own.
 
 Four sets of names are understood: EVA-02 as published (`mlp.w1`, `attn.q_bias`), EVA-02 as timm saves it
 (`mlp.fc1_g`, `attn.q_proj.bias`), the reference implementation of PUMIT (as EVA-02, with 3-D patch kernel,
@@ -11,33 +11,23 @@ Shape suffixes: O output, I input channels, C features, d, h, w cells of a posit
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from catalog.errors import SetupError
 from training.inflation import inflate_depth, spread_input_channels
-from training.mim import MaskedImageModel, MIMConfig
-from training.vit import UniversalViT, ViTConfig, resample_positions
-
-VERSION = "1"
-"""Of the layout that `export_model` writes."""
-
-_MODELS: dict[str, tuple[type[UniversalViT], type[ViTConfig]] | tuple[type[MaskedImageModel], type[MIMConfig]]]
-_MODELS = {"vit": (UniversalViT, ViTConfig), "mim": (MaskedImageModel, MIMConfig)}
+from training.mim import MaskedImageModel
+from training.vit import UniversalViT, resample_positions
 
 _VIT = "vit."
 _CLASS = "vit.class_token"
@@ -190,54 +180,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if others := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
         raise SetupError(f"{path}: {_some(others)} are not tensors. Save the model's state_dict alone.")
     return dict(content)
-
-
-def export_model(model: UniversalViT | MaskedImageModel, path: Path) -> None:
-    """Write weights and configuration of `model` into one safetensors file, whole or not at all.
-
-    `import_model` builds the same model from it, `load_weights` fills another one. Raises SetupError where
-    the folder does not exist.
-    """
-    if not path.parent.is_dir():
-        raise SetupError(f"cannot write {path}: there is no folder {path.parent}")
-    kind = "vit" if isinstance(model, UniversalViT) else "mim"
-    metadata = {"pumit_version": VERSION, "model": kind, "config": model.config.model_dump_json()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        partial = Path(folder) / path.name
-        save_file(tensors, partial, metadata=metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-
-def import_model(path: Path) -> UniversalViT | MaskedImageModel:
-    """The model that `export_model` wrote, on the CPU, in float32.
-
-    Raises SetupError where the file is not such an export, not whole, or of another version.
-    """
-    if not path.is_file():
-        raise SetupError(f"there is no weight file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise SetupError(f"{path} is not a readable safetensors file: {error}") from error
-    if metadata.get("pumit_version") != VERSION or metadata.get("model") not in _MODELS:
-        raise SetupError(
-            f"{path} was not written by `pumit-train export` of this version, so its configuration is unknown. "
-            "Build the model from a preset and load the weights into it."
-        )
-    model_type, config_type = _MODELS[metadata["model"]]
-    try:
-        config = config_type.model_validate(json.loads(metadata.get("config", "{}")))
-    except (ValidationError, json.JSONDecodeError) as error:
-        raise SetupError(f"{path}: the configuration in the file is not valid: {error}") from error
-    model = model_type(config)  # type: ignore[arg-type]
-    report = load_weights(model, path)
-    if report.missing:
-        raise SetupError(f"{path} lacks {_some(report.missing)}. Export the model again.")
-    return model
 
 
 def inflate_patch_kernel(kernel_OIhw: Tensor, patch: int) -> Tensor:

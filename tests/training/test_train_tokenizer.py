@@ -18,8 +18,9 @@ from catalog.errors import SetupError
 from tests.training_process import train_in_process
 from training import train_tokenizer
 from training.config import TokenizerRunConfig, load_preset
+from training.pretrained import load_tokenizer
 from training.run import Run, TrainingDivergedError, TrainingInterrupted, newest_checkpoint, read_state
-from training.train_tokenizer import checkpoint_of_tokenizer, load_tokenizer, train
+from training.train_tokenizer import train
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = [
@@ -182,7 +183,7 @@ def test_an_empty_corpus_is_refused(tmp_path):
 
 
 def test_a_trained_tokenizer_loads_from_its_run_folder_with_its_own_size(whole):
-    tokenizer = load_tokenizer(checkpoint_of_tokenizer(whole))
+    tokenizer = load_tokenizer(whole)
     assert tokenizer.config.codebook_size == 16
     expected = load_file(newest_checkpoint(whole) / "model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in tokenizer.state_dict().items())
@@ -190,4 +191,4 @@ def test_a_trained_tokenizer_loads_from_its_run_folder_with_its_own_size(whole):
 
 def test_a_folder_without_a_tokenizer_says_what_to_run(tmp_path):
     with pytest.raises(SetupError, match="pumit-train tokenizer"):
-        checkpoint_of_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)

@@ -18,8 +18,6 @@ from catalog.errors import SetupError
 from training.mim import MaskedImageModel, MIMConfig
 from training.vit import UniversalViT, ViTConfig
 from training.weights import (
-    export_model,
-    import_model,
     inflate_patch_kernel,
     load_weights,
     split_position_rows,
@@ -252,7 +250,7 @@ class TestReference:
 
 def test_other_number_of_input_channels(tmp_path: Path) -> None:
     """Three equal channels and their two-channel copy give the same tokens."""
-    export_model(vit(), tmp_path / "vit.safetensors")
+    save_file(vit().state_dict(), tmp_path / "vit.safetensors")
     model = vit(in_channels=2, seed=1)
     report = load_weights(model, tmp_path / "vit.safetensors")
     assert "spread over 2" in str(report)
@@ -264,19 +262,9 @@ def test_other_number_of_input_channels(tmp_path: Path) -> None:
 
 
 class TestOwnFiles:
-    @pytest.mark.parametrize("build", [vit, mim], ids=["vit", "mim"])
-    def test_export_and_import_are_inverse(self, build: Any, tmp_path: Path) -> None:
-        model = build()
-        export_model(model, tmp_path / "model.safetensors")
-        again = import_model(tmp_path / "model.safetensors")
-        assert type(again) is type(model)
-        assert again.config == model.config
-        assert same(again, model)
-        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-
     def test_a_pretrained_model_fills_an_encoder(self, tmp_path: Path) -> None:
         pretrained = mim()
-        export_model(pretrained, tmp_path / "mim.safetensors")
+        save_file(pretrained.state_dict(), tmp_path / "mim.safetensors")
         encoder = vit(seed=1)
         report = load_weights(encoder, tmp_path / "mim.safetensors")
         assert same(encoder, pretrained.vit)
@@ -285,41 +273,12 @@ class TestOwnFiles:
         assert "head.2.bias" in report.unused
 
     def test_an_encoder_fills_a_model_to_pretrain(self, tmp_path: Path) -> None:
-        export_model(vit(), tmp_path / "vit.safetensors")
+        save_file(vit().state_dict(), tmp_path / "vit.safetensors")
         model = mim(seed=1)
         report = load_weights(model, tmp_path / "vit.safetensors")
         assert same(model.vit, vit())
         assert "mask_token" in report.missing
         assert re.search(r"25 of 30 parameters loaded\n  not in the file.*mask_token", str(report))
-
-    def test_an_export_replaces_the_former(self, tmp_path: Path) -> None:
-        for seed in (0, 1):
-            export_model(vit(seed=seed), tmp_path / "vit.safetensors")
-        assert same(import_model(tmp_path / "vit.safetensors"), vit(seed=1))
-
-    def test_export_needs_its_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(SetupError, match="no folder"):
-            export_model(vit(), tmp_path / "absent" / "vit.safetensors")
-
-    def test_import_refuses_files_of_others(self, tmp_path: Path) -> None:
-        file = saved(vit().state_dict(), tmp_path / "plain.safetensors")
-        with pytest.raises(SetupError, match="preset"):
-            import_model(file)
-
-    def test_import_refuses_an_invalid_configuration(self, tmp_path: Path) -> None:
-        file = tmp_path / "vit.safetensors"
-        metadata = {"pumit_version": "1", "model": "vit", "config": '{"depth": 0}'}
-        save_file(vit().state_dict(), file, metadata=metadata)
-        with pytest.raises(SetupError, match="depth"):
-            import_model(file)
-
-    def test_import_refuses_a_file_that_is_not_whole(self, tmp_path: Path) -> None:
-        file, model = tmp_path / "mim.safetensors", mim()
-        tensors = {name: t for name, t in model.state_dict().items() if name != "mask_token"}
-        metadata = {"pumit_version": "1", "model": "mim", "config": model.config.model_dump_json()}
-        save_file(tensors, file, metadata=metadata)
-        with pytest.raises(SetupError, match="mask_token"):
-            import_model(file)
 
 
 def without(name: str) -> dict[str, Tensor]:
@@ -378,21 +337,16 @@ def test_a_damaged_file_is_refused(suffix: str, damage: str, tmp_path: Path) -> 
     if suffix == ".pt":
         torch.save(vit().state_dict(), file)
     else:
-        export_model(vit(), file)
+        save_file(vit().state_dict(), file)
     content = {"cut": file.read_bytes()[:2000], "empty": b"", "text": b"<!doctype html>\n" * 9}[damage]
     file.write_bytes(content)
     with pytest.raises(SetupError, match=re.escape(str(file))):
         load_weights(vit(), file)
-    if suffix == ".safetensors":
-        with pytest.raises(SetupError, match=re.escape(str(file))):
-            import_model(file)
 
 
 def test_other_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="no weight file"):
         load_weights(vit(), tmp_path / "absent.pt")
-    with pytest.raises(SetupError, match="no weight file"):
-        import_model(tmp_path / "absent.safetensors")
     (tmp_path / "vit.h5").touch()
     with pytest.raises(SetupError, match="safetensors"):
         load_weights(vit(), tmp_path / "vit.h5")

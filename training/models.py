@@ -1,0 +1,43 @@
+"""From the configuration of a run to its network."""
+
+from __future__ import annotations
+
+from training.config import MimRunConfig, TokenizerModelConfig
+from training.mim import MaskedImageModel, MIMConfig
+from training.tokenizer import Tokenizer, TokenizerConfig
+from training.vit import ViTConfig
+
+
+def build_tokenizer(model: TokenizerModelConfig) -> Tokenizer:
+    """A new tokenizer of the configured size."""
+    return Tokenizer(
+        TokenizerConfig(
+            codebook_size=model.codebook_size,
+            embedding_dim=model.embedding_dim,
+            feature_channels=model.channels[-1],
+            encoder_channels=model.channels,
+            decoder_channels=model.channels[::-1],
+            output_merge=model.output_merge,
+        )
+    )
+
+
+def build_mim(config: MimRunConfig, codebook_size: int) -> MaskedImageModel:
+    """A new model of the configured size, with a head for `codebook_size` codes."""
+    model, tokens = config.model, config.data
+    vit = ViTConfig(
+        dim=model.dim,
+        depth=model.depth,
+        heads=model.heads,
+        position_grid=(tokens.tokens_z, tokens.tokens_x, tokens.tokens_x),
+        drop_path=model.drop_path,
+        checkpoint_blocks=model.recompute_blocks,
+    )
+    return MaskedImageModel(
+        MIMConfig(
+            vit=vit,
+            codebook_size=codebook_size,
+            mask_ratio=model.mask_ratio,
+            mask_layer_ids=tuple(range(model.mask_from_block, model.depth)),
+        )
+    )

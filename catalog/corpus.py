@@ -7,6 +7,9 @@ from pathlib import Path
 
 from catalog.store import Location, RemotePath
 
+INDEX_NAME = "catalog/datasets.txt"
+"""File of a corpus that names its datasets: see `catalog.index`."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -63,6 +66,10 @@ class Corpus:
 
     def split_file(self, dataset: str) -> Path:
         return self.root / "splits" / f"{dataset}.parquet"
+
+    @property
+    def index_file(self) -> Path:
+        return self.root / INDEX_NAME
 
     @property
     def duplicates_file(self) -> Path:

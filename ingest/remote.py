@@ -16,6 +16,7 @@ from pathlib import Path
 from catalog.corpus import Corpus
 from catalog.durable import replacing
 from catalog.errors import SetupError
+from catalog.index import write_index
 from catalog.manifest import digest_of, read_manifest, seal
 from catalog.remote import local_folder
 from catalog.scratch import NameSet
@@ -35,11 +36,17 @@ def working_copy(place: Location, datasets: Sequence[str], *, write: bool) -> It
         write: hold the leases of the datasets, and publish what has been done when the block ends. Otherwise
             the copy is one to look at.
 
-    Raises SetupError if another process writes one of the datasets, StoreError as the store does.
+    Raises SetupError if another process writes one of the datasets, or the place cannot be written, StoreError
+    as the store does.
     """
     if isinstance(place, Path):
         yield Corpus(place)
         return
+    if place.is_web:
+        raise SetupError(
+            f"{place}: a corpus on a web server is only read from. Ingest into a folder or a store that the "
+            "server publishes."
+        )
     if not write:
         with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
             corpus = Corpus(Path(folder), origin=place)
@@ -117,6 +124,7 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> No
         unfinished.unlink()
     _remember(corpus, dataset, _bytes(manifest))
     held.check()
+    write_index(place)
     _remove_unreferenced(corpus, place, dataset)
     write_fingerprint(corpus)
     if fingerprint_file(corpus).is_file():

@@ -153,6 +153,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
         SetupError: the corpus cannot be written, another ingest of the dataset is running, or the scheduler
             is gone.
     """
+    from catalog.index import write_index
     from catalog.manifest import settle
     from catalog.split import hold_out
     from ingest.image import NORMALISATION_VERSION
@@ -188,6 +189,8 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
                     progress(done, pending, report.run)
                     merge_if_due()
         report.total, report.messages = _summary(corpus, dataset, journal)
+        if corpus.origin is None:
+            write_index(corpus.root)
         log.end("done", report.total)
     return report
 

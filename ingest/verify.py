@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
+from catalog.index import read_index
 from catalog.manifest import DamagedManifestError, accepted_digests, digest_of, read_manifest, surviving_digests
 from catalog.spacing import da_level, degree_of_anisotropy
 from catalog.store import Location, RemotePath, StoreError
@@ -92,6 +93,7 @@ def verify(
         total = sum(_size_on_disk(corpus, dataset) for dataset in chosen)
         for dataset in chosen:
             _verify_dataset(_Work(corpus, dataset, outcome, pool, count, total, progress), specs)
+        outcome.findings += _wrong_index(corpus) if datasets is None else []
     outcome.findings.sort()
     return outcome
 
@@ -282,12 +284,21 @@ def _stray_tops(corpus: Corpus, known: Collection[str]) -> Iterator[Finding]:
     ours |= {corpus.shards / dataset_folder(dataset) for dataset in known}
     ours |= {corpus.catalog_file(dataset).parent for dataset in known}
     ours |= {split.parent / f".tmp-{split.name}" for split in ours}  # these are told of with their dataset
+    ours |= {corpus.index_file, corpus.duplicates_file}
     folders: list[Location] = [corpus.root / "catalog", corpus.split_file("x").parent, corpus.shards]
     for folder in folders:
         for path in _children(folder):
             if path not in ours:
                 name = corpus.name_of(path)
                 yield Finding("", name, "stray", "no file of a corpus", "move it elsewhere or delete it")
+
+
+def _wrong_index(corpus: Corpus) -> Iterator[Finding]:
+    """An index that does not name the datasets. An earlier version wrote none, and only web servers need it."""
+    if corpus.index_file.is_file() and read_index(corpus.root) != corpus.datasets():
+        name = corpus.name_of(corpus.index_file)
+        remedy = "pumit-data verify --repair writes it anew"
+        yield Finding("", name, "damaged", "it does not name the datasets that are there", remedy)
 
 
 def _stray_files(work: _Work) -> None:
@@ -508,8 +519,9 @@ def _datasets(corpus: Corpus) -> list[str]:
 
 
 def _children(folder: Location) -> list[Location]:
-    """What lies in a folder, if it is there, by name."""
-    found: Iterable[Location] = folder.iterdir() if folder.is_dir() else ()
+    """What lies in a folder, if it is there, by name. What a web server has beside it, nobody can see."""
+    hidden = isinstance(folder, RemotePath) and folder.is_web
+    found: Iterable[Location] = folder.iterdir() if not hidden and folder.is_dir() else ()
     return sorted(found, key=lambda path: path.name)
 
 

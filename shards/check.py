@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from catalog.errors import SetupError
 from catalog.manifest import digest_of
-from catalog.store import Location
+from catalog.store import Location, RemotePath
 from shards.layout import (
     LAYOUT_VERSION,
     METADATA_FILE,
@@ -85,9 +85,9 @@ def problems_of_array(
 
     Raises OSError if a file cannot be read.
     """
-    if not folder.is_dir():
+    names = _names_in(folder)
+    if not names:
         return ["the array is missing"], []
-    names = {path.name for path in folder.iterdir()}
     problems = [f"{name} is missing" for name in (METADATA_FILE, SHARD_FILE) if name not in names]
     chunk = pack_chunk(shape) if is_pack else volume_chunk(shape)
     if METADATA_FILE in names:
@@ -101,6 +101,13 @@ def problems_of_array(
     if SHARD_FILE in names:
         problems += _problems_of_shard(folder / SHARD_FILE, chunk_grid(shape, chunk), stored_bytes, sha256)
     return problems, sorted(names - {METADATA_FILE, SHARD_FILE})
+
+
+def _names_in(folder: Location) -> set[str]:
+    """The files of an array; on a web server, which cannot list them, those that it should have."""
+    if isinstance(folder, RemotePath) and folder.is_web:
+        return {name for name in (METADATA_FILE, SHARD_FILE) if (folder / name).is_file()}
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def metadata_forms(shape: Shape, dtype: str, chunk: Shape) -> list[bytes]:

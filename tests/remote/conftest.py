@@ -45,7 +45,7 @@ def proxy(server: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
 def bucket(server: int, proxy: Proxy) -> RemotePath:
     name = f"bucket-{secrets.token_hex(4)}"
     make_bucket(server, name)
-    return RemotePath(name, "")
+    return RemotePath("s3", name, "")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def place(bucket: RemotePath) -> RemotePath:
 
 
 def bucket_of(place: RemotePath) -> RemotePath:
-    return RemotePath(place.bucket, "")
+    return replace(place, key="")
 
 
 def ingest_to(place: RemotePath, raw: Path, limit: int | None = None) -> IngestReport:

@@ -41,7 +41,7 @@ def whole(row: dict) -> tuple:
 
 def test_places() -> None:
     assert location("data") == Path("data")
-    assert location("s3://bucket/a//b/") == RemotePath("bucket", "a/b")
+    assert location("s3://bucket/a//b/") == RemotePath("s3", "bucket", "a/b")
     assert str(location("s3://bucket")) == "s3://bucket"
     for wrong in ("http://host/x", "s3:///x", "gs://bucket/x", "s3://bucket/a/../b", "s3://bucket/a?x=1"):
         with pytest.raises(SetupError):
@@ -138,7 +138,7 @@ def test_errors_cross_process_borders() -> None:
 
 def test_missing_bucket_missing_corpus_and_missing_shard(corpus: RemotePath, bucket: RemotePath) -> None:
     with pytest.raises(StoreError, match="no bucket"):
-        open_corpus(RemotePath("no-such-bucket", "x"))
+        open_corpus(RemotePath("s3", "no-such-bucket", "x"))
     with pytest.raises(SetupError, match=f"no catalog below {bucket}/elsewhere/catalog"):
         load_catalog(open_corpus(bucket / "elsewhere"))
     row = largest(corpus)

@@ -124,6 +124,14 @@ class RemotePath:
         yield from (replace(self, key=prefix.rstrip("/")) for prefix in found["common_prefixes"])
         yield from (replace(self, key=item["path"]) for item in found["objects"])
 
+    def files(self) -> list[str]:
+        """Names of the objects one level below, without what lies deeper."""
+        obstore = _library()
+        self._refuse_web("a web server does not tell what lies in a folder")
+        found = self._asked(lambda client: obstore.list_with_delimiter(client, self._prefix))
+        names = (item["path"][len(self._prefix or "") :] for item in found["objects"])
+        return [name for name in names if name]  # some tools make an empty object of the name of a folder
+
     def walk(self) -> Iterator[ObjectInfo]:
         """All objects below by name, page by page."""
         obstore = _library()
@@ -329,7 +337,7 @@ def store_error(path: RemotePath, text: str) -> StoreError:
         return StoreError(errno.EACCES, f"access denied; {provider.credentials}", str(path))
     if code == 412:
         return StoreError(errno.ESTALE, "it was replaced while it was read", str(path))
-    if "non-partial response" in text:
+    if "Range request not supported" in text:
         why = "the server does not give parts of files (range requests), as nginx, Apache and all stores do"
         return StoreError(errno.EIO, f"{why}; publish the corpus with one of these", str(path))
     if code:
@@ -381,6 +389,14 @@ class _ObjectReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._version.size}[whence]
         return self._at
+
+    def readall(self) -> bytes:
+        """The rest, in large requests: the inherited one makes a request for every 8 kB."""
+        blocks = []
+        while (count := min(_BLOCK, self._version.size - self._at)) > 0:
+            blocks.append(self._path._read(self._at, self._at + count, self._version))
+            self._at += count
+        return b"".join(blocks)
 
     def readinto(self, buffer: Any) -> int:
         count = min(len(buffer), self._version.size - self._at)

@@ -28,7 +28,7 @@ from catalog.store import RemotePath, StoreError
 from ingest.discover import dataset_root
 from ingest.drive import run_tasks
 from ingest.found import FoundSources, Group
-from ingest.journal import Journal
+from ingest.journal import Journal, Stamp
 from ingest.ledger import as_known_error
 from ingest.names import NameKey
 from ingest.runs import run_log
@@ -183,6 +183,8 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
             with _merging(journal) as merge_if_due:
                 done = 0
                 for task, result in _run_on_cluster(tasks, client) if client is not None else ():
+                    if result.record is not None:
+                        journal.record(run, task.name, *result.record)
                     done += len(task.places)
                     report.run += result.outcomes
                     log.task_done(len(task.places), result)
@@ -196,7 +198,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
 
 
 def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: frozenset[str]) -> IngestTask:
-    return IngestTask(
+    task = IngestTask(
         name=task_name(group.places[0].path) if group.pack is None else f"pack-{group.pack:05d}",
         run=run,
         dataset=plan.spec.id,
@@ -208,6 +210,9 @@ def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: fr
         validation_subjects=held_out & {place.subject for place in group.places},
         entry_hash=plan.spec.entry_hash(),
     )
+    if plan.origin is None:
+        return task
+    return replace(task, stamps={source.public_path: Stamp.if_any(source.file) for source in task.sources})
 
 
 def _workers(client: Client | None) -> int:

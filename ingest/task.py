@@ -6,11 +6,13 @@ are named by their content, and the record is replaced by an equal one.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -86,6 +88,8 @@ class IngestTask:
     entry_hash: str
     origin: RemotePath | None = None
     """Where the images lie, if the folder of `sources` only outlines them."""
+    stamps: Mapping[str, Stamp] | None = None
+    """By public path, as the outline tells them, which a worker may not see; None where there is none."""
 
     @property
     def sources(self) -> list[ImageSource]:
@@ -105,17 +109,36 @@ class TaskResult:
     """Key, status and reason of each image that was not ingested."""
     source_bytes: int
     stored_bytes: int
+    record: Record | None = None
+    """What the driver is to put into the journal, of a corpus in a store; else the worker has done so."""
+
+
+class Record(NamedTuple):
+    """The outcome of a task, as `Journal.record` takes it."""
+
+    rows: list[dict[str, Any]]
+    stamps: Mapping[str, Stamp]
+
+
+class UnseenFolderError(OSError):
+    """The folder of the raw images is not there: this machine has it elsewhere, or not at all."""
 
 
 def run_task(task: IngestTask) -> TaskResult:
     """Ingest the sources of one task and record the outcome.
 
+    Where the corpus is in a store, arrays go there, and the outcome goes back to the driver: nothing but the
+    store, and the raw images, need be in reach of the worker.
+
     An image that cannot be read or used becomes a row with its reason. Raises OSError only when the corpus
-    cannot be written (no space, no permission, or RunEndedError: the driver of the task is gone).
+    cannot be written (no space, no permission, or RunEndedError: the driver of the task is gone), and
+    UnseenFolderError.
     """
     use_one_thread()
-    with Journal(task.corpus, task.dataset).taking_part(task.run):
-        stamps = {source.public_path: Stamp.if_any(source.file) for source in task.sources}
+    with _taking_part(task):
+        if task.origin is None and not task.root.is_dir():
+            raise UnseenFolderError(errno.ENOENT, "there is no such folder", str(task.root))
+        stamps = _stamps(task)
         try:
             rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
         except OSError:
@@ -123,6 +146,28 @@ def run_task(task: IngestTask) -> TaskResult:
         except Exception as error:  # a fault on the way from image to shard must not end the run
             rows = [_failed_row(source, _failure(source, error)) for source in task.sources]
         return _record(task, rows, stamps)
+
+
+@contextmanager
+def _taking_part(task: IngestTask) -> Iterator[None]:
+    """As `Journal.taking_part`. A store needs none: what a worker still writes there when its run has ended is
+    an array without a row, and harmless."""
+    if task.corpus.origin is not None:
+        yield
+        return
+    with Journal(task.corpus, task.dataset).taking_part(task.run):
+        yield
+
+
+def _check_open(task: IngestTask) -> None:
+    if task.corpus.origin is None:
+        Journal(task.corpus, task.dataset).check_open(task.run)
+
+
+def _stamps(task: IngestTask) -> Mapping[str, Stamp]:
+    if task.stamps is not None:
+        return task.stamps
+    return {source.public_path: Stamp.if_any(source.file) for source in task.sources}
 
 
 def halves(task: IngestTask) -> tuple[IngestTask, IngestTask]:
@@ -147,10 +192,10 @@ def record_lost_task(task: IngestTask) -> TaskResult:
         )
         for source in task.sources
     ]
-    return _record(task, rows, {source.public_path: Stamp.if_any(source.file) for source in task.sources})
+    return _record(task, rows, _stamps(task))
 
 
-def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stamp]) -> TaskResult:
+def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: Mapping[str, Stamp]) -> TaskResult:
     complete = [
         row
         | {
@@ -159,12 +204,15 @@ def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stam
         }
         for row in rows
     ]
-    Journal(task.corpus, task.dataset).record(task.run, task.name, complete, stamps)
+    is_far = task.corpus.origin is not None
+    if not is_far:
+        Journal(task.corpus, task.dataset).record(task.run, task.name, complete, stamps)
     return TaskResult(
         outcomes=Counter((row["status"], row["reason"] or "") for row in complete),
         unfit=[(row["key"], row["status"], row["reason"]) for row in complete if row["status"] != "ingested"],
         source_bytes=sum(max(stamp.size, 0) for stamp in stamps.values()),
         stored_bytes=sum(row.get("stored_bytes") or 0 for row in complete),
+        record=Record(complete, stamps) if is_far else None,
     )
 
 
@@ -257,7 +305,7 @@ def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
     from shards.layout import array_name
     from shards.write import write_volume
 
-    Journal(task.corpus, task.dataset).check_open(task.run)
+    _check_open(task)
     name = array_name(task.dataset, image.row["key"], _identity(task, [image.row]))
     stored = write_volume(task.corpus.shards, name, image.voxels)
     return image.row | {
@@ -305,7 +353,7 @@ def _write_pack(task: IngestTask, pack: str, images: list[Normalised]) -> Iterat
     from shards.layout import array_name
     from shards.write import write_pack
 
-    Journal(task.corpus, task.dataset).check_open(task.run)
+    _check_open(task)
     name = array_name(task.dataset, pack, _identity(task, [image.row for image in images]))
     stored = write_pack(task.corpus.shards, name, [image.voxels for image in images])
     for index, image in enumerate(images):

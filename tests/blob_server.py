@@ -71,6 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     blobs: Blobs
+    no_bucket = "NoSuchBucket"
 
     def log_message(self, *_: Any) -> None:
         """Nothing is logged."""
@@ -97,7 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.blobs.lock:
             blob = self.blobs.found.get(self.path_asked)
         if blob is None:
-            self.refuse(404, "NoSuchKey")
+            known = self.path_asked.split("/")[1] in self.blobs.buckets
+            self.refuse(404, "NoSuchKey" if known else self.no_bucket)
             return
         if self.headers.get("If-Match", blob.etag) != blob.etag:
             self.refuse(412, "ConditionNotMet")
@@ -148,7 +150,7 @@ class Google(_Handler):
     def do_PUT(self) -> None:
         path, query, content = self.path_asked, self.query, self.body()
         if path.split("/")[1] not in self.blobs.buckets:
-            self.refuse(404, "NoSuchBucket")
+            self.refuse(404, self.no_bucket)
         elif "uploadId" in query:
             self.blobs.parts[query["uploadId"]][query["partNumber"].zfill(6)] = content
             self.answer(200, headers={"ETag": f'"{query["partNumber"]}"'})
@@ -182,7 +184,12 @@ class Google(_Handler):
     def do_DELETE(self) -> None:
         self.body()
         with self.blobs.lock:
-            gone = self.blobs.found.pop(self.path_asked, None)
+            upload = self.query.get("uploadId")
+            gone: object = (
+                self.blobs.found.pop(self.path_asked, None)
+                if upload is None
+                else self.blobs.parts.pop(upload, None)
+            )
         if gone is None:
             self.refuse(404, "NoSuchKey")
         else:
@@ -191,7 +198,7 @@ class Google(_Handler):
     def list_names(self) -> None:
         bucket, query = self.path_asked.strip("/"), self.query
         if bucket not in self.blobs.buckets:
-            self.refuse(404, "NoSuchBucket")
+            self.refuse(404, self.no_bucket)
             return
         after = max(query.get("start-after", ""), query.get("continuation-token", ""))
         delimiter = query.get("delimiter", "")
@@ -216,6 +223,8 @@ class Google(_Handler):
 class Azure(_Handler):
     """https://learn.microsoft.com/rest/api/storageservices/blob-service-rest-api"""
 
+    no_bucket = "ContainerNotFound"
+
     def do_GET(self) -> None:
         if self.query.get("comp") == "list":
             self.list_names()
@@ -225,7 +234,7 @@ class Azure(_Handler):
     def do_PUT(self) -> None:
         path, query, content = self.path_asked, self.query, self.body()
         if path.split("/")[1] not in self.blobs.buckets:
-            self.refuse(404, "ContainerNotFound")
+            self.refuse(404, self.no_bucket)
         elif query.get("comp") == "block":
             with self.blobs.lock:
                 self.blobs.parts.setdefault(path, {})[query["blockid"]] = content
@@ -241,7 +250,7 @@ class Azure(_Handler):
                     return
                 if query.get("comp") == "blocklist":
                     parts = self.blobs.parts.pop(path)
-                    order = [item.text or "" for item in ElementTree.fromstring(content)]  # noqa: S314
+                    order = [item.text or "" for item in ElementTree.fromstring(content)]
                     content = b"".join(parts[name] for name in order)
                 blob = self.blobs.put(path, content)
             self.answer(201, headers=self.facts(blob))
@@ -262,7 +271,7 @@ class Azure(_Handler):
     def list_names(self) -> None:
         bucket, query = self.path_asked.strip("/"), self.query
         if bucket not in self.blobs.buckets:
-            self.refuse(404, "ContainerNotFound")
+            self.refuse(404, self.no_bucket)
             return
         delimiter = query.get("delimiter", "")
         with self.blobs.lock:
@@ -287,6 +296,8 @@ class Azure(_Handler):
 
 class Web(_Handler):
     """Files of a plain web server: GET and HEAD, with ranges; its etags are weak, as those of some are."""
+
+    no_bucket = "NoSuchKey"
 
     def facts(self, blob: Blob) -> dict[str, str]:
         return super().facts(blob) | {"ETag": f"W/{blob.etag}"}

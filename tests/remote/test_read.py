@@ -43,9 +43,28 @@ def test_places() -> None:
     assert location("data") == Path("data")
     assert location("s3://bucket/a//b/") == RemotePath("s3", "bucket", "a/b")
     assert str(location("s3://bucket")) == "s3://bucket"
-    for wrong in ("http://host/x", "s3:///x", "gs://bucket/x", "s3://bucket/a/../b", "s3://bucket/a?x=1"):
-        with pytest.raises(SetupError):
-            location(wrong)
+    assert location("gs://bucket/a") == RemotePath("gs", "bucket", "a")
+    assert location("https://host:8080/a") == RemotePath("https", "host:8080", "a")
+    for alias in ("az", "azure", "abfs", "abfss"):
+        assert location(f"{alias}://box/a") == RemotePath("az", "box", "a")
+    in_an_account = location("abfss://box@lab.dfs.core.windows.net/a")
+    assert in_an_account == location(str(in_an_account)) == RemotePath("az", "box@lab", "a")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["ftp://host/x", "s3:///x", "s3://bucket/a/../b", "s3://bucket/a?x=1", "file:///data"]
+)
+def test_no_places(wrong: str) -> None:
+    with pytest.raises(SetupError) as caught:
+        location(wrong)
+    if "/../" not in wrong:
+        assert all(f"{scheme}://" in str(caught.value) for scheme in ("s3", "gs", "az", "https"))
+
+
+def test_a_login_in_a_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(SetupError) as caught:
+        location("https://me:secret@host/corpus")
+    assert "secret" not in str(caught.value)
 
 
 def test_catalog_and_every_voxel_are_those_of_the_folder(local: Path, corpus: RemotePath) -> None:

@@ -138,18 +138,23 @@ def check(
     datasets: Annotated[
         list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
     ],
-    raw: RawOption = Path("raw"),
+    raw_place: RawPlaceOption = Path("raw"),
     as_json: JsonOption = False,
 ) -> None:
-    """Compare folders on disk with what ingest expects, before it runs for hours.
+    """Compare folders with what ingest expects, before it runs for hours.
 
     Ends with 2 if something must be fixed: ingest would stop, or pass over
     images that are there. What is missing or too much is a warning.
     """
     from ingest.check import check_dataset, render
+    from ingest.outline import raw_folder
     from ingest.spec import get_spec
 
-    checks = [check_dataset(get_spec(name, raw), raw) for name in dict.fromkeys(datasets)]
+    with raw_folder(raw_place) as raw:
+        specs = [get_spec(name, raw.folder) for name in dict.fromkeys(datasets)]
+        for spec in specs:
+            raw.outline(spec)
+        checks = [check_dataset(spec, raw.folder, raw.origin) for spec in specs]
     if as_json:
         _print_json([checked.as_json() for checked in checks])
     else:
@@ -168,7 +173,7 @@ def plan(
     everything: Annotated[
         bool, typer.Option("--all", help="All datasets but those that the default mix leaves out.")
     ] = False,
-    raw: RawOption = Path("raw"),
+    raw_place: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     as_json: JsonOption = False,
 ) -> None:
@@ -176,19 +181,32 @@ def plan(
 
     Figures are what is on disk, in the catalog or published; what nobody tells is shown as unknown.
     """
+    from contextlib import ExitStack
+
     from catalog.remote import open_corpus
     from ingest.forecast import Speeds, forecast
     from ingest.forecast import as_json as forecasts_as_json
     from ingest.forecast_report import render
+    from ingest.outline import raw_folder
+    from ingest.remote import working_copy
     from ingest.spec import get_spec, load_specs
 
     if bool(datasets) == everything:
         raise SetupError("Name datasets, or ask for all of them with --all; see `pumit-data list`.")
-    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
-    if everything:
-        specs = [spec for spec in load_specs(raw=raw).values() if spec.left_out is None]
-    corpus, speeds = open_corpus(data_dir), Speeds()
-    forecasts = [forecast(spec, raw, corpus, speeds) for spec in specs]
+    with ExitStack() as stack:
+        raw = stack.enter_context(raw_folder(raw_place))
+        specs = [get_spec(name, raw.folder) for name in dict.fromkeys(datasets or ())]
+        if everything:
+            specs = [spec for spec in load_specs(raw=raw.folder).values() if spec.left_out is None]
+        for spec in specs:
+            raw.outline(spec)
+        if isinstance(data_dir, Path) or data_dir.is_web:
+            corpus = open_corpus(data_dir)
+        else:  # what has been done is in the journal, which is no part of a corpus that is only read
+            ids = [spec.id for spec in specs]
+            corpus = stack.enter_context(working_copy(data_dir, ids, write=False))
+        speeds = Speeds()
+        forecasts = [forecast(spec, raw.folder, corpus, speeds) for spec in specs]
     _print_json(forecasts_as_json(forecasts, speeds)) if as_json else render(forecasts, speeds, _console())
 
 
@@ -319,7 +337,7 @@ def verify(
     datasets: Annotated[
         list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
     ] = None,
-    raw: RawPlaceOption = Path("raw"),
+    raw_place: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     deep: Annotated[
         bool, typer.Option("--deep", help="Also decode all voxels and compute their statistics anew.")
@@ -337,36 +355,31 @@ def verify(
 
     The raw folder is needed for --repair, and for entries of your own in its datasets.yaml.
     """
-    from catalog.corpus import Corpus
     from catalog.remote import whole_copy
     from ingest.findings import render_verification, verification_as_json
     from ingest.outline import raw_folder
+    from ingest.remote import working_copy
     from ingest.repair import repair as mend
     from ingest.spec import load_specs
     from ingest.verify import verify as read_back
-
-    if repair and not (isinstance(data_dir, Path) and isinstance(raw, Path)):
-        raise SetupError(
-            f"{data_dir}, {raw}: only a corpus in a folder is repaired, from a folder. Elsewhere, delete the "
-            "damaged objects and ingest again, which makes them anew."
-        )
-    with raw_folder(raw) as own:
-        specs = load_specs(raw=own.folder)
 
     def checked(chosen: list[str] | None) -> Verification:
         with whole_copy(data_dir) as corpus, _byte_bar("verify") as progress:
             return read_back(corpus, specs, chosen, deep=deep, workers=workers, progress=progress)
 
-    outcome = checked(datasets or None)
     repaired: list[Finding] = []
     problems: list[str] = []
-    if repair and outcome.findings:
-        corpus = Corpus(data_dir)
-        problems = mend(
-            corpus, specs, raw, outcome, workers, lambda plans: _run_plans(plans, corpus, workers, None)
-        )
-        outcome, repaired = outcome.after_repair(checked)
-        outcome.notes += problems
+    with raw_folder(raw_place) as raw:
+        specs = load_specs(raw=raw.folder)
+        outcome = checked(datasets or None)
+        if repair and outcome.findings:
+            hurt = {finding.dataset for finding in outcome.findings if finding.dataset}
+            with working_copy(data_dir, hurt, write=True, whole=True) as corpus:
+                problems = mend(
+                    corpus, specs, raw, outcome, workers, lambda plans: _run_plans(plans, corpus, workers, None)
+                )
+            outcome, repaired = outcome.after_repair(checked)
+            outcome.notes += problems
     if as_json:
         _print_json(verification_as_json(outcome, repaired))
     else:
@@ -521,7 +534,12 @@ def query(
 
 @data.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE_OR_FOLDER", help="Any scan; no entry is needed.")],
+    place: Annotated[
+        Any,
+        typer.Argument(
+            parser=location, metavar="FILE_OR_FOLDER", help="Any scan, or its URL; no entry is needed."
+        ),
+    ],
     modality: Annotated[
         str | None, typer.Option(help="CT, MRI/T1, XR ...; guessed where not given.", show_default=False)
     ] = None,
@@ -541,12 +559,14 @@ def inspect(
 
     Nothing of the corpus is read or written. With --json, a picture is written only where --montage asks.
     """
+    from ingest.fetched import fetched
     from ingest.glance import stem_of
     from ingest.inspect import as_json as inspection_as_json
     from ingest.inspect import inspect_path, montage_of, render
 
-    inspection = inspect_path(path, modality, depth_axis)
-    target = montage or (None if as_json else Path(f"{stem_of(path.resolve().name)}-inspect.png"))
+    with fetched(place) as path:
+        inspection = inspect_path(path, modality, depth_axis)
+        target = montage or (None if as_json else Path(f"{stem_of(path.resolve().name)}-inspect.png"))
     picture = montage_of(inspection) if target else None
     if target and picture:
         with _writing(target):

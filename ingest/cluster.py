@@ -167,8 +167,8 @@ class DaskPool:
             ) from error
         except UnseenFolderError as error:
             raise SetupError(
-                f"a worker of {self._client.scheduler.address} does not see {task.root}. The raw folder must lie "
-                "at the same path on all machines, or be the URL of a store."
+                f"a worker of {self._client.scheduler.address} does not see {task.root}. The raw folder must "
+                "lie at the same path on all machines, or be the URL of a store."
             ) from error
         except (ImportError, AttributeError) as error:
             raise SetupError(

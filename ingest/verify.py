@@ -93,7 +93,6 @@ def verify(
         total = sum(_size_on_disk(corpus, dataset) for dataset in chosen)
         for dataset in chosen:
             _verify_dataset(_Work(corpus, dataset, outcome, pool, count, total, progress), specs)
-        outcome.findings += _wrong_index(corpus) if datasets is None else []
     outcome.findings.sort()
     return outcome
 
@@ -161,6 +160,7 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
         if not stopped:
             _stray_arrays(work, set())
         return
+    _look_up(work)
     if not trusted:
         work.outcome.notes.append(
             f"{dataset}: its arrays were not compared, for the catalog that knows their sha256 is damaged."
@@ -293,12 +293,11 @@ def _stray_tops(corpus: Corpus, known: Collection[str]) -> Iterator[Finding]:
                 yield Finding("", name, "stray", "no file of a corpus", "move it elsewhere or delete it")
 
 
-def _wrong_index(corpus: Corpus) -> Iterator[Finding]:
-    """An index that does not name the datasets. An earlier version wrote none, and only web servers need it."""
-    if corpus.index_file.is_file() and read_index(corpus.root) != corpus.datasets():
-        name = corpus.name_of(corpus.index_file)
-        remedy = "pumit-data verify --repair writes it anew"
-        yield Finding("", name, "damaged", "it does not name the datasets that are there", remedy)
+def _look_up(work: _Work) -> None:
+    """Compare the index, if there is one: an earlier version wrote none, and only web servers need it."""
+    index = work.corpus.index_file
+    if index.is_file() and work.dataset not in read_index(work.corpus.root):
+        work.found(index, "damaged", f"it does not name {work.dataset}")
 
 
 def _stray_files(work: _Work) -> None:

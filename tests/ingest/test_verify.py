@@ -32,6 +32,7 @@ from catalog.split import SPLIT_SCHEMA
 from catalog.write import catalog_file
 from ingest.findings import Verification
 from ingest.journal import Journal
+from ingest.outline import RawFolder
 from ingest.repair import calls_of, repair
 from ingest.run import IngestPlan, IngestReport, ingest_dataset, plan_ingest
 from ingest.spec import DatasetSpec
@@ -107,7 +108,7 @@ def found(corpus: Corpus, **options: Any) -> set[tuple[str, str]]:
 
 def mend(corpus: Corpus, raw: Path, *, deep: bool = False) -> tuple[Verification, list[str]]:
     before = verify(corpus, SPECS, deep=deep, workers=1)
-    problems = repair(corpus, SPECS, raw, before, 1, lambda plans: ingest_all(plans, corpus))
+    problems = repair(corpus, SPECS, RawFolder(raw), before, 1, lambda plans: ingest_all(plans, corpus))
     return before.after_repair(lambda chosen: verify(corpus, SPECS, chosen, deep=deep, workers=1))[0], problems
 
 

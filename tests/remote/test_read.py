@@ -223,6 +223,3 @@ def test_commands(corpus: RemotePath, tmp_path: Path) -> None:
     assert dead.returncode == cli.WRONG_CALL
     assert dead.stderr.startswith(f"error: {corpus}")
     assert dead.stderr.count("\n") == 1
-    repair = run("pumit-data", "verify", "--repair", "--data", str(corpus))
-    assert repair.returncode == cli.WRONG_CALL
-    assert "in a folder" in repair.stderr

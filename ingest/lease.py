@@ -55,8 +55,19 @@ class Lease:
             )
         if not self._write(LEASE_SECONDS):
             raise SetupError(f"{self._dataset}: another ingest has just begun. Wait for it to end.")
-        if self._file.write_if(b"{}", None) is not None:
-            raise no_conditions(self._file)
+        self._prove_conditions()
+
+    def _prove_conditions(self) -> None:
+        """Raises SetupError if the store writes what it must refuse: then nobody can hold a lease there."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                if self._file.write_if(b"{}", None) is not None:
+                    raise no_conditions(self._file)
+            except StoreError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                return
 
     def keep(self) -> None:
         """Renew until `end`; runs in a thread."""

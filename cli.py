@@ -67,7 +67,7 @@ DataOption = Annotated[
         envvar="PUMIT_DATA",
         parser=location,
         metavar="FOLDER|URL",
-        help="The prepared corpus: a folder, or s3://BUCKET/PREFIX.",
+        help="The prepared corpus: a folder, or a URL (s3, gs, az; to read, also https).",
     ),
 ]
 RawPlaceOption = Annotated[
@@ -77,7 +77,7 @@ RawPlaceOption = Annotated[
         envvar="PUMIT_RAW",
         parser=location,
         metavar="FOLDER|URL",
-        help="Holds one folder per dataset: a folder, or s3://BUCKET/PREFIX.",
+        help="Holds one folder per dataset: a folder, or a URL (s3, gs, az).",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -582,7 +582,9 @@ def inspect(
 
 @data.command()
 def add(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with images of your own.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=folder, metavar="FOLDER", help="A folder with images of your own.")
+    ],
     dataset: Annotated[
         str | None,
         typer.Option("--id", help="Id of the entry; by default the folder's name.", show_default=False),
@@ -598,6 +600,7 @@ def add(
         typer.Option(
             "--raw",
             envvar="PUMIT_RAW",
+            parser=folder,
             help="Raw folder that holds FOLDER; by default the folder above it.",
             show_default=False,
         ),

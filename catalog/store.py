@@ -300,7 +300,7 @@ def location(text: str | Path) -> Location:
 def folder(text: str | Path) -> Path:
     """A folder; SetupError for a URL, of which a command would make a strange folder."""
     if "://" in str(text):
-        raise SetupError(f"{text}: give a folder on this machine. Of stores, only ingest reads raw images.")
+        raise SetupError(f"{text}: give a folder on this machine; `download` and `add` write there alone.")
     return Path(text)
 
 

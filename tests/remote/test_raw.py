@@ -1,4 +1,4 @@
-"""Raw images in a store: found, checked, planned and looked at by URL, and read by workers that see no folder."""
+"""Raw images in a store: found, checked, planned and inspected by URL, and read by workers without a folder."""
 
 from __future__ import annotations
 

@@ -167,20 +167,14 @@ def library() -> Any:
     return obstore
 
 
-def tensorstore_kvstore(scheme: str, container: str, key: str) -> dict[str, Any]:
-    """Where TensorStore finds the objects below a key.
-
-    Raises SetupError for a kind of store that it does not read.
-    """
+def tensorstore_kvstore(scheme: str, container: str, key: str) -> dict[str, Any] | None:
+    """Where TensorStore finds the objects below a key; None for a kind of store that it does not read."""
     if PROVIDERS[scheme].is_web:
         return {"driver": "http", "base_url": f"{scheme}://{container}", "path": f"/{key}/"}
     if scheme == "gs":
         return {"driver": "gcs", "bucket": container, "path": f"{key}/"}
     if scheme != "s3":
-        raise SetupError(
-            f"{scheme}://{container}/{key}: voxels cannot be read out of this kind of store. Copy the corpus "
-            f"to a folder, or to {PROVIDERS['s3'].form} or {PROVIDERS['gs'].form}."
-        )
+        return None
     # The library's default looks for ~/.aws first, and complains on stderr that there is none.
     kind = "environment" if "AWS_ACCESS_KEY_ID" in os.environ else "default"
     spec = {"driver": "s3", "bucket": container, "path": f"{key}/", "aws_credentials": {"type": kind}}

@@ -305,8 +305,13 @@ def folder(text: str | Path) -> Path:
 
 
 def tensorstore_kvstore(path: RemotePath) -> dict[str, Any]:
-    """Where TensorStore finds the objects below `path`."""
-    return providers.tensorstore_kvstore(path.scheme, path.bucket, path.key)
+    """Where TensorStore finds the objects below `path`; StoreError where it finds none in such a store."""
+    found = providers.tensorstore_kvstore(path.scheme, path.bucket, path.key)
+    if found is None:
+        forms = f"{PROVIDERS['s3'].form} or {PROVIDERS['gs'].form}"
+        why = f"voxels cannot be read out of this kind of store; copy the corpus to a folder, or to {forms}"
+        raise StoreError(errno.ENOTSUP, why, str(path))
+    return found
 
 
 def tensorstore_context() -> dict[str, Any]:

@@ -17,33 +17,38 @@ from catalog.store import Location, RemotePath
 
 def write_index(place: Location) -> None:
     """Let the index of a corpus name the datasets that are there. Nothing is written if it does so already."""
-    written = _read(place)
-    while (found := _datasets(place)) != written:
-        content = "".join(f"{dataset}\n" for dataset in found).encode()
+    written = _content(place)
+    while (wanted := "".join(f"{dataset}\n" for dataset in _datasets(place)).encode()) != written:
         if isinstance(place, RemotePath):
-            (place / INDEX_NAME).write(content)
+            (place / INDEX_NAME).write(wanted)
         else:
             (place / INDEX_NAME).parent.mkdir(parents=True, exist_ok=True)
             with replacing(place / INDEX_NAME) as temporary:
-                temporary.write_bytes(content)
-        written = found
+                temporary.write_bytes(wanted)
+        written = wanted
 
 
 def read_index(place: Location) -> list[str]:
     """Ids of the datasets; SetupError if the corpus has no index."""
-    found = _read(place)
-    if found is None:
+    content = _content(place)
+    if content is None:
         raise SetupError(
             f"there is no corpus at {place}, or its {INDEX_NAME} is missing, without which it cannot be read "
             "from a web server. Ingest and `verify --repair` write that file."
         )
-    return found
+    return content.decode(errors="replace").split()
 
 
-def _read(place: Location) -> list[str] | None:
+def is_listed(place: Location, dataset: str) -> bool:
+    """Whether the index names a dataset, to the last bit; True where there is none, as earlier versions had."""
+    content = _content(place)
+    return content is None or dataset.encode() in content.split(b"\n")[:-1]
+
+
+def _content(place: Location) -> bytes | None:
     try:
-        return (place / INDEX_NAME).read_bytes().decode().split()
-    except (FileNotFoundError, UnicodeDecodeError):
+        return (place / INDEX_NAME).read_bytes()
+    except FileNotFoundError:
         return None
 
 

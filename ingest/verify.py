@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
-from catalog.index import read_index
+from catalog.index import is_listed
 from catalog.manifest import DamagedManifestError, accepted_digests, digest_of, read_manifest, surviving_digests
 from catalog.spacing import da_level, degree_of_anisotropy
 from catalog.store import Location, RemotePath, StoreError
@@ -294,10 +294,8 @@ def _stray_tops(corpus: Corpus, known: Collection[str]) -> Iterator[Finding]:
 
 
 def _look_up(work: _Work) -> None:
-    """Compare the index, if there is one: an earlier version wrote none, and only web servers need it."""
-    index = work.corpus.index_file
-    if index.is_file() and work.dataset not in read_index(work.corpus.root):
-        work.found(index, "damaged", f"it does not name {work.dataset}")
+    if not is_listed(work.corpus.root, work.dataset):
+        work.found(work.corpus.index_file, "damaged", f"it does not name {work.dataset}")
 
 
 def _stray_files(work: _Work) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK
-import yaml
 
 import cli
 import ingest.lease
@@ -32,32 +30,12 @@ from ingest.names import name_key
 from ingest.outline import at_hand, raw_folder
 from ingest.remote import kept_copy, working_copy
 from ingest.run import IngestReport, ingest_dataset, plan_ingest
-from ingest.task import IngestTask, run_task
 from ingest.verify import verify
 from tests.commands import command, published_files, run
 from tests.demo import DEMO, NoCluster
-from tests.object_store import Fault, Proxy, download, make_folder_marker, make_raw, upload
+from tests.object_store import Fault, Proxy, download, make_folder_marker, upload
 
 SLICES = sorted((Path(__file__).parents[2] / "samples").glob("CT/*/head/*"))
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    make_raw(folder)
-    entry = DEMO.model_dump(mode="json", exclude_defaults=True) | {"private_names": False}
-    (folder / "datasets.yaml").write_text(yaml.safe_dump([entry]), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(tasks: Iterator[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
-        for task in tasks:
-            yield task, run_task(task)
-
-    monkeypatch.setattr(ingest.run, "_run_on_cluster", run_here)
 
 
 @pytest.fixture

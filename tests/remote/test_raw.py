@@ -17,7 +17,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-import yaml
 
 import cli
 import ingest.run
@@ -34,20 +33,10 @@ from ingest.task import IngestTask, run_task
 from tests.blob_server import Blobs, Web, blob_server
 from tests.commands import published_files, run
 from tests.demo import DEMO, NoCluster
-from tests.object_store import Proxy, download, make_raw, upload
+from tests.object_store import Proxy, download, upload
 
 NOWHERE = Path("/no/such/folder")
 SLICES = sorted((Path(__file__).parents[2] / "samples").glob("CT/*/head/*"))
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    make_raw(folder)
-    entry = DEMO.model_dump(mode="json", exclude_defaults=True) | {"private_names": False}
-    (folder / "datasets.yaml").write_text(yaml.safe_dump([entry]), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -145,6 +134,7 @@ def test_a_worker_that_does_not_see_the_raw_folder_says_so(
         ingest_dataset(plan_ingest(DEMO, raw, corpus), corpus, client, lambda *_: None)
 
 
+@pytest.mark.slow
 def test_check_and_plan_by_url(raw: Path, there: RemotePath, bucket: RemotePath, tmp_path: Path) -> None:
     (there / "demo/deeper/late.png").write((raw / "demo/picture_0.png").read_bytes())
     checked = run("pumit-data", "check", "demo", "--raw", str(there), "--json")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 import cli
-import ingest.run
 from catalog.errors import SetupError
 from catalog.query import load_catalog
 from catalog.remote import open_corpus, whole_copy
@@ -19,32 +15,12 @@ from ingest.outline import raw_folder
 from ingest.remote import working_copy
 from ingest.repair import repair
 from ingest.run import IngestPlan, IngestReport, ingest_dataset, plan_ingest
-from ingest.task import IngestTask, run_task
 from ingest.verify import verify
 from tests.commands import published_files, run
 from tests.demo import DEMO, NoCluster
-from tests.object_store import Proxy, download, make_raw, upload
+from tests.object_store import Proxy, download, upload
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(tasks: Iterator[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
-        for task in tasks:
-            yield task, run_task(task)
-
-    monkeypatch.setattr(ingest.run, "_run_on_cluster", run_here)
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    make_raw(folder)
-    entry = DEMO.model_dump(mode="json", exclude_defaults=True) | {"private_names": False}
-    (folder / "datasets.yaml").write_text(yaml.safe_dump([entry]), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -83,7 +59,7 @@ def arrays(place: RemotePath) -> list[str]:
     return sorted({row["shard_path"] for row in load_catalog(open_corpus(place)).to_pylist()})
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -145,6 +121,7 @@ def test_from_raw_images_in_the_store(local: Path, place: RemotePath, raw: Path,
     assert published_files(download(place, tmp_path / "got")) == published_files(local)
 
 
+@pytest.mark.slow
 def test_the_command(local: Path, place: RemotePath, raw: Path, tmp_path: Path, proxy: Proxy) -> None:
     upload(raw, place.parent / "raw")
     flip(place / "shards" / arrays(place)[0] / "c.0.0.0.0")

@@ -17,7 +17,6 @@ import pytest
 
 import catalog.store
 import cli
-import ingest.run
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.index import write_index
@@ -28,13 +27,12 @@ from ingest.lease import lease
 from ingest.outline import raw_folder
 from ingest.remote import working_copy
 from ingest.run import ingest_dataset, plan_ingest
-from ingest.task import IngestTask, run_task
 from ingest.verify import verify
 from shards.read import ShardReader
 from tests.blob_server import Azure, Blobs, Google, Web, blob_server
 from tests.commands import published_files, run
 from tests.demo import DEMO, NoCluster
-from tests.object_store import Fault, Proxy, download, make_raw, proxy_to
+from tests.object_store import Fault, Proxy, download, proxy_to
 
 SECRET = "a-secret-nobody-may-see"
 BIG = (8 << 20) + (1 << 16)
@@ -102,23 +100,6 @@ def readable(
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
     yield from make_store("http", monkeypatch, tmp_path, Web)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(tasks: Iterator[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
-        for task in tasks:
-            yield task, run_task(task)
-
-    monkeypatch.setattr(ingest.run, "_run_on_cluster", run_here)
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    make_raw(folder)
-    return folder
 
 
 def findings(place: RemotePath) -> list[str]:

@@ -2,7 +2,7 @@
 
 A web server tells nobody what it has. `catalog/datasets.txt` names the datasets, each dataset's manifest its
 files. Several ingests may write the index of a store at the same time, each after it has published its dataset.
-So whoever writes looks again whether that is still what is there: the last one to write sees all that came before.
+So whoever writes looks again whether that is still what is there: the last to write sees all that came before.
 """
 
 from __future__ import annotations

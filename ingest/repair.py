@@ -282,6 +282,7 @@ class _Mender:
             "shard_shape",
             "shard_index",
             "shard_sha256",
+            "entry_hash",
         ]
         chosen = table.filter(pc.is_in(table["shard_path"], pa.array(sorted(arrays)))).select(names)
         rows: dict[str, list[Row]] = defaultdict(list)
@@ -306,7 +307,8 @@ class _Mender:
                     )
                     continue
                 origins = [found[name] for name in dict.fromkeys(row["source_path"] for row in members)]
-                jobs[path] = pool.submit(remake_array, self._corpus, members, origins)
+                lossless = members[0]["entry_hash"] == sources.spec.entry_hash(lossless=True)
+                jobs[path] = pool.submit(remake_array, self._corpus, members, origins, lossless=lossless)
             for path, job in jobs.items():
                 if problem := job.result():
                     problems.append(f"shards/{path} cannot be made anew: {problem}")
@@ -412,12 +414,15 @@ def calls_of(placement: pa.Table) -> dict[str, int]:
     return calls
 
 
-def remake_array(corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSource]) -> str | None:
+def remake_array(
+    corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSource], *, lossless: bool = False
+) -> str | None:
     """Put an array in its place again, from the raw images; returns what stands against it, if anything.
 
     Args:
         rows: all of the array's, by shard_index.
         sources: the sources they come from.
+        lossless: whether true floats had been kept as they are.
     """
     from ingest.reasons import FailedImage
     from ingest.task import images_of, use_one_thread
@@ -429,7 +434,7 @@ def remake_array(corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSou
     hashes = {row["key"]: row["source_hash"] for row in rows}
     for source in sources:
         try:
-            for image in images_of(source):
+            for image in images_of(source, lossless=lossless):
                 if not isinstance(image, dict) and image.row["key"] in hashes:
                     images[image.row["key"]] = image
         except FailedImage as outcome:

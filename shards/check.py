@@ -20,13 +20,12 @@ from shards.layout import (
     PROFILES,
     SHARD_FILE,
     Shape,
+    array_chunk,
     array_metadata,
     chunk_bytes,
     chunk_grid,
     dataset_folder,
-    pack_chunk,
     refuse_newer_layout,
-    volume_chunk,
 )
 
 
@@ -100,7 +99,7 @@ def problems_of_array(
         return ["the array is missing"], []
     names = {path.name for path in folder.iterdir()}
     problems = [f"{name} is missing" for name in (METADATA_FILE, SHARD_FILE) if name not in names]
-    chunk = pack_chunk(shape) if is_pack else volume_chunk(shape)
+    chunk = array_chunk(shape, is_pack=is_pack)
     if METADATA_FILE in names:
         content = (folder / METADATA_FILE).read_bytes()
         if content not in metadata_forms(shape, dtype, chunk):

@@ -41,7 +41,11 @@ PROFILES: dict[Profile, dict[str, str | int]] = {
 """Settings of the blosc codec: fast to write, fast to read, or small. A reader needs not know which."""
 
 LAYOUT_VERSION = 2
-"""Raised when an earlier version of this program would misread what is written. 1: the same, not saying so."""
+"""Raised when an earlier version of this program would misread what is written. 1: the same, not saying so.
+
+The catalog's SCHEMA_VERSION goes up with it: a reader takes an array's metadata from the catalog, and looks at
+`zarr.json` only to say what is wrong.
+"""
 
 METADATA_FILE = "zarr.json"
 SHARD_FILE = "c.0.0.0.0"
@@ -106,6 +110,11 @@ def volume_chunk(shape: Shape) -> Shape:
 def pack_chunk(shape: Shape) -> Shape:
     """Inner chunk of a pack (N, C, H, W): one image."""
     return (1, *shape[1:])
+
+
+def array_chunk(shape: Shape, *, is_pack: bool) -> Shape:
+    """Inner chunk of a pack or a volume."""
+    return pack_chunk(shape) if is_pack else volume_chunk(shape)
 
 
 def chunk_grid(shape: Shape, chunk: Shape) -> Shape:

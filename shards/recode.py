@@ -18,12 +18,11 @@ from shards.layout import (
     SHARD_FILE,
     Profile,
     Shape,
+    array_chunk,
     chunk_bytes,
     chunk_grid,
     in_profile,
-    pack_chunk,
     refuse_newer_layout,
-    volume_chunk,
 )
 from shards.write import StoredArray, encode_chunk, write_chunks
 
@@ -45,7 +44,7 @@ class ArrayRecord:
 
     @property
     def chunk(self) -> Shape:
-        return pack_chunk(self.shape) if self.is_pack else volume_chunk(self.shape)
+        return array_chunk(self.shape, is_pack=self.is_pack)
 
     @property
     def grid(self) -> Shape:

@@ -260,8 +260,9 @@ def _naming_damage(dataset: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
+        problem = f"{error.filename} is missing" if isinstance(error, FileNotFoundError) else str(error)
         raise SetupError(
-            f"{dataset}: {error}. Nothing that the catalog names has changed. Type `pumit-data verify "
+            f"{dataset}: {problem}. Nothing that the catalog names has changed. Type `pumit-data verify "
             f"{dataset} --repair --raw ...`, which makes it anew, and repeat the command."
         ) from error
 

@@ -225,6 +225,8 @@ def _encode(folder: Path, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> _
             written = _write_shard(file, array, boxes)
         sync(folder)
     except OSError as error:
+        if error.filename is not None:
+            raise
         # A failed write, unlike a failed open, does not name its file.
         raise OSError(error.errno, error.strerror, str(folder)) from error
     return written

@@ -288,6 +288,14 @@ def ingest(
             show_default=False,
         ),
     ] = None,
+    lossless: Annotated[
+        bool | None,
+        typer.Option(
+            "--lossless/--no-lossless",
+            help="Keep true floats as they are, not in 16-bit steps; by default as the dataset's last ingest.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -315,7 +323,9 @@ def ingest(
         corpus = stack.enter_context(working_copy(data_dir, [spec.id for spec in specs], write=not dry_run))
         private = any(spec.private_names for spec in specs)
         names = name_key(corpus, names_key, keep=not dry_run) if private else None
-        plans = [plan_ingest(spec, raw.folder, corpus, only, limit, names, raw.origin) for spec in specs]
+        plans = [
+            plan_ingest(spec, raw.folder, corpus, only, limit, names, raw.origin, lossless) for spec in specs
+        ]
         if dry_run:
             estimates = _estimates(plans, corpus, workers)
             if as_json:
@@ -386,6 +396,54 @@ def verify(
         render_verification(outcome, repaired, _console())
     if outcome.findings or problems:
         raise typer.Exit(SOME_FAILED)
+
+
+@data.command()
+def repack(
+    profile: Annotated[
+        Literal["fast", "train", "small"],
+        typer.Option(help="fast: quick to write. train: quickest to read. small: least disk."),
+    ],
+    datasets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID...]", help="Only these datasets.", show_default=False),
+    ] = None,
+    data_dir: DataOption = Path("data"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one per core.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be saved, judged by a sample, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Store the voxels of ingested datasets with another codec; not one of them changes.
+
+    Repeat the call to go on after an interruption. The old arrays stay until all new ones of a dataset are
+    there. Trainings that go on meanwhile then stop, and go on with --resume.
+    """
+    from dataclasses import asdict
+
+    from catalog.query import dataset_ids
+    from catalog.remote import open_corpus
+    from ingest.remote import working_copy
+    from ingest.repack import estimate_repack, repack_dataset
+    from ingest.repack_report import render_estimates, render_repacks
+
+    ids = dataset_ids(open_corpus(data_dir), datasets or None)
+    with working_copy(data_dir, ids, write=not dry_run) as corpus:
+        if dry_run:
+            estimates = [estimate_repack(corpus, dataset, profile) for dataset in ids]
+            if as_json:
+                _print_json([asdict(estimate) for estimate in estimates])
+            else:
+                render_estimates(estimates, _console())
+            return
+        reports = []
+        for dataset in ids:
+            with _byte_bar(dataset) as progress:
+                reports.append(repack_dataset(corpus, dataset, profile, workers, progress))
+    _print_json([asdict(report) for report in reports]) if as_json else render_repacks(reports, _console())
 
 
 @data.command()

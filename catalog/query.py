@@ -31,6 +31,10 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, MemoryError)
 """What reading a file with a flipped bit may raise."""
 
 
+_ABOUT_STORAGE = {"shard_path", "shard_sha256", "stored_bytes"}
+"""Columns that tell how voxels are stored, not which."""
+
+
 class _Digest(Protocol):
     def update(self, data: bytes | memoryview, /) -> None: ...
 
@@ -209,11 +213,13 @@ def _version(path: Location, schema: pa.Schema, remedy: str) -> int:
 def fingerprint(table: pa.Table) -> str:
     """sha256 of the values of a table with the columns dataset and key, whatever the order of rows and columns.
 
+    How voxels are stored does not count, for `repack` changes that and no image: a run goes on after it.
     Equal values give equal fingerprints on every machine and with every version of pyarrow. The catalog holds
     no times, so the same images ingested again give the same fingerprint.
     """
     ordered = table.sort_by([("dataset", "ascending"), ("key", "ascending")])
-    return _fingerprint((name, ordered[name].chunks) for name in sorted(ordered.column_names))
+    names = sorted(set(ordered.column_names) - _ABOUT_STORAGE)
+    return _fingerprint((name, ordered[name].chunks) for name in names)
 
 
 def catalog_fingerprint(corpus: Corpus) -> str:
@@ -238,7 +244,7 @@ def catalog_fingerprint(corpus: Corpus) -> str:
 
         def columns() -> Iterator[tuple[str, list[pa.Array]]]:
             # One column is read while the one before it is hashed.
-            names = sorted(CATALOG_SCHEMA.names)
+            names = sorted(set(CATALOG_SCHEMA.names) - _ABOUT_STORAGE)
             coming = ahead.submit(column, names[0])
             for name, following in zip(names, [*names[1:], None], strict=True):
                 chunks = coming.result()

@@ -314,6 +314,13 @@ def tensorstore_kvstore(path: RemotePath) -> dict[str, Any]:
     return found
 
 
+def zarr_store(path: RemotePath) -> Any:
+    """The bucket of `path`, as zarr-python reads it."""
+    from zarr.storage import ObjectStore
+
+    return ObjectStore(_client(path.scheme, path.bucket), read_only=True)
+
+
 def tensorstore_context() -> dict[str, Any]:
     """How often TensorStore asks again. Call it before the first request: patience goes by environment."""
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(STALL_SECONDS))

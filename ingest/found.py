@@ -150,7 +150,9 @@ class FoundSources:
         ]
         return {modality: self._subjects_of(modality) for modality in modalities}
 
-    def compare(self, journal: Journal, corpus: Corpus, normalisation_version: int) -> None:
+    def compare(
+        self, journal: Journal, corpus: Corpus, normalisation_version: int, *, lossless: bool = False
+    ) -> None:
         """Find out what is pending: selected, and not done by an earlier run, or changed since, or damaged."""
         with attached(self._database, journal.ledger_file):
             if self._number("SELECT EXISTS (SELECT 1 FROM ledger.done)"):
@@ -164,7 +166,7 @@ class FoundSources:
                         AND entry_hash = ? AND normalisation_version = ?
                 )
                 """,
-                (self.spec.entry_hash(), normalisation_version),
+                (self.spec.entry_hash(lossless=lossless), normalisation_version),
             )
 
     def note_aliases(self, journal: Journal) -> None:

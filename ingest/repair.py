@@ -304,6 +304,7 @@ class _Mender:
             "shard_shape",
             "shard_index",
             "shard_sha256",
+            "entry_hash",
         ]
         chosen = table.filter(pc.is_in(table["shard_path"], pa.array(sorted(arrays)))).select(names)
         rows: dict[str, list[Row]] = defaultdict(list)
@@ -329,7 +330,10 @@ class _Mender:
                     )
                     continue
                 origins = [found[name] for name in dict.fromkeys(row["source_path"] for row in members)]
-                jobs[path] = pool.submit(remake_array, self._corpus, members, origins, origin)
+                lossless = members[0]["entry_hash"] == sources.spec.entry_hash(lossless=True)
+                jobs[path] = pool.submit(
+                    remake_array, self._corpus, members, origins, origin, lossless=lossless
+                )
             for path, job in jobs.items():
                 if problem := job.result():
                     problems.append(f"shards/{path} cannot be made anew: {problem}")
@@ -456,7 +460,12 @@ def _remove(path: Location) -> None:
 
 
 def remake_array(
-    corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSource], origin: RemotePath | None = None
+    corpus: Corpus,
+    rows: Sequence[Row],
+    sources: Sequence[ImageSource],
+    origin: RemotePath | None = None,
+    *,
+    lossless: bool = False,
 ) -> str | None:
     """Put an array in its place again, from the raw images; returns what stands against it, if anything.
 
@@ -464,6 +473,7 @@ def remake_array(
         rows: all of the array's, by shard_index.
         sources: the sources they come from.
         origin: where these lie, if their folder only outlines them.
+        lossless: whether true floats had been kept as they are.
     """
     from ingest.outline import at_hand
     from ingest.reasons import FailedImage
@@ -477,7 +487,7 @@ def remake_array(
     for source in sources:
         try:
             with at_hand(source, origin) as local:
-                for image in images_of(local):
+                for image in images_of(local, lossless=lossless):
                     if not isinstance(image, dict) and image.row["key"] in hashes:
                         images[image.row["key"]] = image
         except FailedImage as outcome:

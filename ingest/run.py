@@ -38,6 +38,8 @@ from ingest.task import IngestTask, Outcomes, TaskResult, task_name
 if TYPE_CHECKING:
     from distributed import Client
 
+    from shards.layout import Profile
+
 _VOLUMES_AT_ONCE = 64
 """So many small volumes make one task at most, ..."""
 _TASKS_OF_A_WORKER = 8
@@ -68,6 +70,8 @@ class IngestPlan:
     """The options that narrowed it down."""
     origin: RemotePath | None = None
     """Where the images lie, if `root` only outlines them."""
+    lossless: bool = False
+    """Keep true floats as they are."""
 
 
 @dataclass
@@ -95,6 +99,7 @@ def plan_ingest(
     limit: int | None = None,
     names: NameKey | None = None,
     origin: RemotePath | None = None,
+    lossless: bool | None = None,
 ) -> IngestPlan:
     """Find the sources of a dataset and what is left to do.
 
@@ -103,6 +108,7 @@ def plan_ingest(
         limit: at most so many sources, the first by key.
         names: makes the ids of a dataset whose names are private.
         origin: where the images lie, if `raw` only outlines them.
+        lossless: keep true floats as they are, or not; by default as the dataset's last ingest did.
 
     Raises:
         SetupError: missing or empty raw folder, bad regular expression.
@@ -117,16 +123,22 @@ def plan_ingest(
     options = {"--only": only, "--limit": limit}
     arguments = tuple(f"{name}={value}" for name, value in options.items() if value is not None)
     place = None if origin is None else origin / root.relative_to(raw.absolute()).as_posix()
-    return replace(planned(spec, corpus, sources, arguments), origin=place)
+    return replace(planned(spec, corpus, sources, arguments, lossless), origin=place)
 
 
 def planned(
-    spec: DatasetSpec, corpus: Corpus, sources: FoundSources, arguments: tuple[str, ...] = ()
+    spec: DatasetSpec,
+    corpus: Corpus,
+    sources: FoundSources,
+    arguments: tuple[str, ...] = (),
+    lossless: bool | None = None,
 ) -> IngestPlan:
-    """The plan for what is selected of `sources`."""
+    """The plan for what is selected of `sources`; `lossless` as of `plan_ingest`."""
     from ingest.image import NORMALISATION_VERSION
 
-    sources.compare(Journal(corpus, spec.id), corpus, NORMALISATION_VERSION)
+    journal = Journal(corpus, spec.id)
+    lossless = journal.lossless if lossless is None else lossless
+    sources.compare(journal, corpus, NORMALISATION_VERSION, lossless=lossless)
     return IngestPlan(
         spec=spec,
         root=sources.root,
@@ -136,6 +148,7 @@ def planned(
         pending=sources.pending,
         pending_bytes=sources.pending_bytes,
         arguments=arguments,
+        lossless=lossless,
     )
 
 
@@ -164,7 +177,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     corpus = replace(corpus, root=corpus.root.absolute())  # workers may have been started elsewhere
     journal = Journal(corpus, dataset)
     with (
-        _explained(dataset, corpus),
+        explained(dataset, corpus),
         journal.lock(),
         run_log(corpus, dataset, plan.arguments, workers=_workers(client), pending=plan.pending) as log,
     ):
@@ -173,13 +186,16 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
             remove_leftovers(corpus.shards_folder, dataset)
             held_out = hold_out(corpus, dataset, sources.subjects())
             # Looked at again under the lock: a run that just ended, or was killed, may have done some of it.
-            sources.compare(journal, corpus, NORMALISATION_VERSION)
+            sources.compare(journal, corpus, NORMALISATION_VERSION, lossless=plan.lossless)
             sources.assign_packs(journal, PACK_SIZE)
             sources.note_aliases(journal)
             pending = sources.pending
             at_once = min(_VOLUMES_AT_ONCE, max(1, pending // (_TASKS_OF_A_WORKER * max(1, _workers(client)))))
             report = IngestReport(dataset, plan.found, plan.selected - pending)
-            tasks = (_task(plan, group, corpus, run, held_out) for group in sources.groups(at_once))
+            if plan.lossless != journal.lossless:
+                journal.choose_lossless(plan.lossless)
+            profile = journal.profile
+            tasks = (_task(plan, group, corpus, run, held_out, profile) for group in sources.groups(at_once))
             with _merging(journal) as merge_if_due:
                 done = 0
                 for task, result in _run_on_cluster(tasks, client) if client is not None else ():
@@ -197,7 +213,9 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     return report
 
 
-def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: frozenset[str]) -> IngestTask:
+def _task(
+    plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: frozenset[str], profile: Profile
+) -> IngestTask:
     task = IngestTask(
         name=task_name(group.places[0].path) if group.pack is None else f"pack-{group.pack:05d}",
         run=run,
@@ -208,7 +226,9 @@ def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: fr
         kinds=group.kinds,
         places=group.places,
         validation_subjects=held_out & {place.subject for place in group.places},
-        entry_hash=plan.spec.entry_hash(),
+        entry_hash=plan.spec.entry_hash(lossless=plan.lossless),
+        profile=profile,
+        lossless=plan.lossless,
     )
     if plan.origin is None:
         return task
@@ -258,7 +278,7 @@ def _merging(journal: Journal) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _explained(dataset: str, corpus: Corpus) -> Iterator[None]:
+def explained(dataset: str, corpus: Corpus) -> Iterator[None]:
     """Turn an OSError on the corpus into one line that says what to do."""
     try:
         try:

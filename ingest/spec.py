@@ -273,8 +273,8 @@ class DatasetSpec(Declared):
     def formats(self) -> list[str]:
         return _distinct(group.format for group in self.images)
 
-    def entry_hash(self) -> str:
-        """sha256 (hexadecimal) of the fields that shape catalog rows and voxels.
+    def entry_hash(self, *, lossless: bool = False) -> str:
+        """sha256 (hexadecimal) of what shapes catalog rows and voxels: fields, and how floats are stored.
 
         Title, licence, access, download and citation do not; nor does `ignore`, which only keeps files out.
         Fields at their default are left out, so that a new optional field changes no hash.
@@ -284,6 +284,8 @@ class DatasetSpec(Declared):
             include={"id", "images", "exclusions", "one_copy", "private_names", "sampling_weight"},
             exclude_defaults=True,
         )
+        if lossless:
+            shaping["lossless"] = True
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 

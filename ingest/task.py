@@ -27,6 +27,7 @@ from ingest.source import ImageSource, shared_weight
 if TYPE_CHECKING:
     from ingest.image import Normalised
     from ingest.volume import Volume
+    from shards.layout import Profile
 
 _SIZE_BUCKET = 128
 """2-D images share a pack when their sides round up to the same multiple: little padding, few packs."""
@@ -90,6 +91,10 @@ class IngestTask:
     """Where the images lie, if the folder of `sources` only outlines them."""
     stamps: Mapping[str, Stamp] | None = None
     """By public path, as the outline tells them, which a worker may not see; None where there is none."""
+    profile: Profile = "fast"
+    """Codec of the arrays."""
+    lossless: bool = False
+    """Keep true floats as they are."""
 
     @property
     def sources(self) -> list[ImageSource]:
@@ -224,7 +229,7 @@ def use_one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
+def images_of(source: ImageSource, *, lossless: bool = False) -> Iterator[Normalised | dict[str, Any]]:
     """Each image of a source, normalised; or, for an unfit one, its finished row.
 
     Raises FailedImage, perhaps after some images: it speaks for the whole source, and none of them is to be
@@ -250,7 +255,7 @@ def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
                 yield unfit(volume, position, count, None)
                 continue
             try:
-                yield normalise(volume, source)
+                yield normalise(volume, source, lossless=lossless)
             except ExcludedImage as outcome:
                 yield unfit(outcome, volume.index, volume.count, volume)
     except ExcludedImage as outcome:
@@ -265,7 +270,7 @@ def _fetched_images(task: IngestTask, source: ImageSource) -> Iterator[Normalise
     from ingest.outline import at_hand
 
     with at_hand(source, task.origin) as local:
-        yield from images_of(local)
+        yield from images_of(local, lossless=task.lossless)
 
 
 def _failure(source: ImageSource, error: Exception) -> FailedImage:
@@ -306,8 +311,8 @@ def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
     from shards.write import write_volume
 
     _check_open(task)
-    name = array_name(task.dataset, image.row["key"], _identity(task, [image.row]))
-    stored = write_volume(task.corpus.shards, name, image.voxels)
+    name = array_name(task.dataset, image.row["key"], _identity(task, [image.row]), task.profile)
+    stored = write_volume(task.corpus.shards, name, image.voxels, task.profile)
     return image.row | {
         "preview": image.preview,
         "shard_path": stored.path,
@@ -354,8 +359,9 @@ def _write_pack(task: IngestTask, pack: str, images: list[Normalised]) -> Iterat
     from shards.write import write_pack
 
     _check_open(task)
-    name = array_name(task.dataset, pack, _identity(task, [image.row for image in images]))
-    stored = write_pack(task.corpus.shards, name, [image.voxels for image in images])
+    identity = _identity(task, [image.row for image in images])
+    name = array_name(task.dataset, pack, identity, task.profile)
+    stored = write_pack(task.corpus.shards, name, [image.voxels for image in images], task.profile)
     for index, image in enumerate(images):
         yield image.row | {
             "preview": image.preview,

@@ -247,6 +247,7 @@ def _unfinished(work: _Work) -> bool:
 
 
 def _stale_rows(work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec]) -> None:
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     from ingest.image import NORMALISATION_VERSION
@@ -272,7 +273,8 @@ def _stale_rows(work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec]) 
             "Entries of your own lie in the raw folder: give --raw."
         )
         return
-    changed = table.filter(pc.not_equal(table["entry_hash"], spec.entry_hash()))
+    current = pa.array([spec.entry_hash(), spec.entry_hash(lossless=True)])
+    changed = table.filter(pc.invert(pc.is_in(table["entry_hash"], current)))
     report(changed, "the entry in datasets.yaml has changed since", again)
 
 
@@ -316,10 +318,26 @@ def _stray_arrays(work: _Work, referenced: set[str | None]) -> None:
     from shards.layout import dataset_folder
 
     folder = work.corpus.shards / dataset_folder(work.dataset)
+    named = {name for name in map(_any_profile, referenced - {None}) if name is not None}
     for path in _children(folder):
-        if f"{folder.name}/{path.name}" not in referenced:
+        name = f"{folder.name}/{path.name}"
+        if name not in referenced:
+            problem = "no row of the catalog names it"
             remedy = f"pumit-data verify {work.dataset} --repair removes it, as the next ingest does"
-            work.found(path, "stray", "no row of the catalog names it", remedy)
+            if _any_profile(name) in named:
+                problem = "left by a repack that was stopped"
+                remedy = f"repeat that pumit-data repack {work.dataset}, or let --repair remove it"
+            work.found(path, "stray", problem, remedy)
+
+
+def _any_profile(path: str | None) -> str | None:
+    """What the names of one array in all codec profiles share; None of a path that is no array's."""
+    from shards.layout import in_profile
+
+    try:
+        return None if path is None else in_profile(path, "fast")
+    except ValueError:
+        return None
 
 
 def _checked(work: _Work, table: pa.Table) -> Iterator[tuple[_Array, _ArrayOutcome]]:
@@ -562,18 +580,33 @@ def _no_ingest(corpus: Corpus, dataset: str) -> Iterator[None]:
 def worker_pool(workers: int, *, processes: bool) -> Iterator[Executor]:
     """Threads, for what reads and hashes, or processes, for what computes; a single worker is a thread."""
     import multiprocessing
-    import signal
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
     pool: Executor
     if processes and workers > 1:
-        # TensorStore's threads do not survive a fork. Ctrl-C reaches the whole group, and one answer is enough.
+        # TensorStore's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        ignore = (signal.SIGINT, signal.SIG_IGN)
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     else:
         pool = ThreadPoolExecutor(workers)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Ctrl-C reaches the whole group, and one answer is enough; nobody is to outlive a killed driver."""
+    import multiprocessing
+    import signal
+    from threading import Thread
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    driver = multiprocessing.parent_process()
+
+    def end_with_driver() -> None:
+        if driver is not None:
+            driver.join()
+            os._exit(1)
+
+    Thread(target=end_with_driver, daemon=True).start()

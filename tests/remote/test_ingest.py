@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
@@ -29,6 +30,7 @@ from ingest.lease import lease
 from ingest.names import name_key
 from ingest.outline import at_hand, raw_folder
 from ingest.remote import kept_copy, working_copy
+from ingest.repack import estimate_repack, repack_dataset
 from ingest.run import IngestReport, ingest_dataset, plan_ingest
 from ingest.verify import verify
 from tests.commands import command, published_files, run
@@ -461,3 +463,35 @@ def test_from_raw_images_to_training_steps(
     said = pumit("pumit-train", "tokenizer", "--run", str(tmp_path / "run"), *options)
     assert "3 steps" in said
     assert "a-secret" not in said
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_repack_in_a_store_gives_the_bytes_of_one_in_a_folder(
+    local: Path, place: RemotePath, raw: Path, tmp_path: Path
+) -> None:
+    there = Corpus(Path(shutil.copytree(local, tmp_path / "there")))
+    repack_dataset(there, "demo", "train", 1, lambda *_: None)
+    ingest_to(place, raw)
+    with working_copy(place, ["demo"], write=False) as corpus:
+        expected = estimate_repack(corpus, "demo", "train")
+    assert expected.pending == 3
+    with working_copy(place, ["demo"], write=True) as corpus:
+        report = repack_dataset(corpus, "demo", "train", 1, lambda *_: None)
+    assert (report.pending, report.bytes_before) == (3, expected.bytes_before)
+    assert files_in(place, tmp_path) == published_files(there.root)
+    assert findings(place) == []
+    assert ingest_to(place, raw).run == {}
+    assert files_in(place, tmp_path) == published_files(there.root)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_another_machine_follows_the_profile(
+    place: RemotePath, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingest_to(place, raw, limit=2)
+    with working_copy(place, ["demo"], write=True) as corpus:
+        repack_dataset(corpus, "demo", "train", 1, lambda *_: None)
+    elsewhere(monkeypatch, tmp_path)
+    ingest_to(place, raw)
+    paths = load_catalog(open_corpus(place))["shard_path"].to_pylist()
+    assert all(path.endswith(".train.zarr") for path in paths)

@@ -111,7 +111,7 @@ def test_a_replaced_catalog_is_seen_and_a_deleted_one_gone(local: Path, corpus: 
 @pytest.mark.parametrize(
     "fault", [Fault("status"), Fault("reset"), Fault("stall"), Fault("status", status=500)]
 )
-@pytest.mark.parametrize("path", ["list-type", "images.parquet", "zarr.json", r"c\.0\.0\.0\.0"])
+@pytest.mark.parametrize("path", ["list-type", "images.parquet", r"c\.0\.0\.0\.0"])
 def test_what_fails_once_is_asked_for_again(
     local: Path, corpus: RemotePath, proxy: Proxy, fault: Fault, path: str
 ) -> None:

@@ -278,10 +278,11 @@ def ingest(
 
     from ingest.names import name_key
     from ingest.outline import raw_folder
+    from ingest.overrides import load_overrides, overrides_file
     from ingest.remote import working_copy
     from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
     from ingest.run import plan_ingest
-    from ingest.spec import get_spec
+    from ingest.spec import get_spec, load_specs
 
     if all_datasets == bool(datasets):
         raise SetupError("say which datasets: either ids, as `pumit-data list` shows them, or --all.")
@@ -292,6 +293,7 @@ def ingest(
             if all_datasets
             else [get_spec(name, raw.folder) for name in dict.fromkeys(datasets or ())]
         )
+        load_overrides(overrides_file(raw.folder), load_specs(raw=raw.folder))  # before anything is done
         for spec in specs:
             raw.outline(spec)
         corpus = stack.enter_context(working_copy(data_dir, [spec.id for spec in specs], write=not dry_run))
@@ -341,6 +343,7 @@ def verify(
     from catalog.remote import whole_copy
     from ingest.findings import render_verification, verification_as_json
     from ingest.outline import raw_folder
+    from ingest.overrides import load_overrides, overrides_file
     from ingest.repair import repair as mend
     from ingest.spec import load_specs
     from ingest.verify import verify as read_back
@@ -352,10 +355,13 @@ def verify(
         )
     with raw_folder(raw) as own:
         specs = load_specs(raw=own.folder)
+        overrides = load_overrides(overrides_file(own.folder), specs) if own.folder.is_dir() else None
 
     def checked(chosen: list[str] | None) -> Verification:
         with whole_copy(data_dir) as corpus, _byte_bar("verify") as progress:
-            return read_back(corpus, specs, chosen, deep=deep, workers=workers, progress=progress)
+            return read_back(
+                corpus, specs, chosen, overrides=overrides, deep=deep, workers=workers, progress=progress
+            )
 
     outcome = checked(datasets or None)
     repaired: list[Finding] = []

@@ -39,6 +39,7 @@ from ingest.found import FoundSources
 from ingest.journal import Journal
 from ingest.ledger import done_paths
 from ingest.names import name_key
+from ingest.overrides import overrides_of
 from ingest.run import IngestPlan, IngestReport, planned
 from ingest.source import ImageSource
 
@@ -320,7 +321,7 @@ class _Mender:
             )
         root = dataset_root(self._spec, self._raw)
         names = name_key(self._corpus) if self._spec.private_names else None
-        return FoundSources(self._spec, root, names)
+        return FoundSources(self._spec, root, names, overrides_of(self._dataset, self._raw))
 
     def _planned(self, paths: Collection[str]) -> IngestPlan:
         """The plan of a call that ingests the sources of these paths and no others."""

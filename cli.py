@@ -23,9 +23,11 @@ from catalog.errors import SetupError
 from catalog.store import Location, folder, location
 
 if TYPE_CHECKING:
+    from catalog.doctor.examine import Diagnosis
     from ingest.estimate import Estimate
     from ingest.findings import Finding, Verification
     from ingest.outline import RawFolder
+    from ingest.overrides import Override
     from ingest.run import IngestPlan, IngestReport
     from ingest.spec import DatasetSpec
     from ingest.task import Outcomes
@@ -489,6 +491,113 @@ def report(
         size = write_page(facts, output)
     shown, images = facts["sheet"]["shown"], facts["sheet"]["images"]
     _print(f"Report: {output} ({decimal(size)}), with pictures of {shown:,} of {images:,} images.")
+
+
+@data.command()
+def doctor(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
+    ] = None,
+    data_dir: DataOption = Path("data"),
+    code: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Only this finding; may be repeated.", show_default=False),
+    ] = None,
+    severity: Annotated[
+        list[Literal["error", "warning", "note"]] | None,
+        typer.Option(help="Only these; may be repeated.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Also write a page with pictures.", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODE[:ID]",
+            help="Leave out the images of this finding, with --write-overrides; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    write_overrides: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append them to this file: RAW/overrides.yaml.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+) -> None:
+    """Tell which images look wrong by their numbers: outliers, suspicious axes, modalities and intensities.
+
+    Nothing but the catalog and a few previews is read. A finding is no proof and no failure: the exit code is
+    0. docs/doctor.md lists the codes.
+    """
+    from catalog.doctor.codes import check_codes
+    from catalog.doctor.examine import diagnose
+    from catalog.doctor.show import as_json as diagnosis_as_json
+    from catalog.doctor.show import render, write_csv
+    from catalog.remote import open_corpus
+
+    _one_format({"--csv": as_csv, "--json": as_json})
+    if bool(exclude) != (write_overrides is not None):
+        raise SetupError("--exclude says what to leave out and --write-overrides where: give both, or neither.")
+    check_codes(code or ())
+    corpus = open_corpus(data_dir)
+    found = diagnose(corpus, datasets or None)
+    proposals = _proposed(found, exclude or [], corpus.datasets())
+    shown = found.chosen(code, severity)
+    if as_json:
+        _print_json(diagnosis_as_json(shown))
+    elif as_csv:
+        write_csv(shown, sys.stdout)
+    else:
+        render(shown, _console())
+    console = _console(stderr=as_json or as_csv)
+    if out is not None:
+        from rich.filesize import decimal
+
+        from catalog.doctor.sheet import write_sheet
+
+        with _writing(out):
+            size = write_sheet(corpus, shown, out)
+        console.print(f"Pictures: {out} ({decimal(size)})", markup=False)
+    if write_overrides is not None:
+        from ingest.overrides import append_overrides
+
+        with _writing(write_overrides):
+            new, present = append_overrides(write_overrides, proposals)
+        known = f" ({present} stood there already)" if present else ""
+        console.print(
+            f"{write_overrides}: {new} images to leave out{known}. Look at it, then ingest.", markup=False
+        )
+
+
+def _proposed(found: Diagnosis, exclude: list[str], known: list[str]) -> list[tuple[Override, str]]:
+    """The entries of overrides.yaml for what --exclude asks for, each with its comment."""
+    from catalog.doctor.codes import CODES, check_codes
+    from ingest.overrides import Override
+
+    proposals = []
+    for asked in exclude:
+        code, _, dataset = asked.partition(":")
+        check_codes([code])
+        if dataset and dataset not in known:
+            raise SetupError(
+                f"--exclude {asked}: the corpus has no dataset {dataset!r}, only {', '.join(known)}."
+            )
+        for finding in found.findings:
+            if finding.code != code or dataset not in ("", finding.dataset):
+                continue
+            if finding.images > len(finding.suspects) > 0:
+                raise SetupError(
+                    f"--exclude {asked}: {finding.images:,} images of {finding.dataset} have it, more than are "
+                    "told by key. Leave them out with a `glob` in overrides.yaml, or in the dataset's entry."
+                )
+            for suspect in finding.suspects:
+                usual = f" (usual: {suspect.usual})" if suspect.usual else ""
+                reason = f"{CODES[code].title}: {suspect.value}"
+                entry = Override(dataset=finding.dataset, key=suspect.key, reason=reason, finding=code)
+                proposals.append((entry, f"{finding.severity}: {reason}{usual}. {CODES[code].advice}"))
+    return proposals
 
 
 @data.command()

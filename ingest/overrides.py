@@ -1,8 +1,8 @@
 """overrides.yaml, validated: images that a user leaves out after having looked at them.
 
 The file lies in the raw folder, beside the user's own datasets.yaml, and travels with the images. It names
-images as the catalog does, by dataset and key, so that what `pumit-data doctor` found can be copied into it; keys of
-datasets whose names are private are ids there as well. An image that it names becomes an excluded row.
+images as the catalog does, by dataset and key, so that what `pumit-data doctor` found can be copied into it;
+keys of datasets whose names are private are ids there as well. An image that it names becomes an excluded row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REASON = "excluded_by_user"
 
 _VOLUME = re.compile(r"(?P<source>.+)#(?P<number>\d{4,})", re.DOTALL)
 _HEADER = """\
-# Images that `pumit-data ingest` leaves out of the corpus. To take them back, delete the entry and ingest again.
+# Images that `pumit-data ingest` leaves out of the corpus. To take them back, delete the entry and ingest.
 """
 
 
@@ -41,7 +41,7 @@ class Override(Declared):
     key: Text | None = None
     """Key of one image. That of a file with several volumes stands for all of them, `KEY#0003` for one."""
     glob: Text | None = None
-    """Instead of `key`: a pattern with *, ? and [...], which must match the whole key; may end in #0003, too."""
+    """Instead of `key`: a pattern with *, ? and [...], to match the whole key; may end in #0003, too."""
     action: Literal["exclude"] = "exclude"
     reason: Text
     """Why; it goes into the catalog's `message`."""

@@ -504,9 +504,8 @@ def doctor(
         typer.Option(metavar="CODE", help="Only this finding; may be repeated.", show_default=False),
     ] = None,
     severity: Annotated[
-        list[Literal["error", "warning", "note"]] | None,
-        typer.Option(help="Only these; may be repeated.", show_default=False),
-    ] = None,
+        Literal["error", "warning", "note"], typer.Option(help="Only findings that are at least so severe.")
+    ] = "note",
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE.html", help="Also write a page with pictures.", show_default=False),

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from catalog.doctor.codes import (
     BRIGHTEST_AIR,
     DARKEST_TISSUE,
+    DENSE_BRIGHT,
     DENSE_MEAN,
     EMPTY_CROP,
     EMPTY_MEAN,
@@ -83,7 +84,7 @@ def hounsfield(images: Images) -> Iterator[Suspects]:
         a, b, m, d, e = (column[group.rows] for column in (low, high, mean, dark, bright))
         airless = a > DARKEST_TISSUE
         narrow = b - a <= NARROW_HU
-        missing = airless & (m > DENSE_MEAN)
+        missing = airless & (m > DENSE_MEAN) & (e > DENSE_BRIGHT)
         twice = e < BRIGHTEST_AIR
         wrong = (missing | twice) & ~narrow
 

@@ -19,8 +19,9 @@ SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 BRIGHTEST_AIR, DARKEST_TISSUE = -150.0, -100.0
 """HU. An image whose bright end is below the one is of air; whose minimum is above the other has no air or
 fat."""
-DENSE_MEAN = 300.0
-"""HU: bone. Mean of an image without air beyond which it is no masked or clipped image."""
+DENSE_MEAN, DENSE_BRIGHT = 300.0, 1000.0
+"""HU. Mean and bright end of an image without air beyond which it is no masked or clipped image, but bone
+alone."""
 LOWEST_HU, HIGHEST_HU = -1300.0, 4000.0
 """HU: air with the noise of a sharp kernel, and metal: beyond them nothing is measured, only computed."""
 NARROW_HU = 256.0
@@ -59,9 +60,9 @@ CODES: dict[str, Code] = {
     "ct_intercept": Code(
         "error",
         "CT not in Hounsfield units",
-        f"CT that has no voxel below {DARKEST_TISSUE:g} HU and a mean above {DENSE_MEAN:g} HU, as where the "
-        f"intercept of -1024 is missing; or whose bright end (p99.5) is below {BRIGHTEST_AIR:g} HU, as where "
-        "it was subtracted twice.",
+        f"CT that has no voxel below {DARKEST_TISSUE:g} HU, a mean above {DENSE_MEAN:g} and a bright end "
+        f"(p99.5) above {DENSE_BRIGHT:g} HU, as where the intercept of -1024 is missing; or whose bright end "
+        f"is below {BRIGHTEST_AIR:g} HU, as where it was subtracted twice.",
         "Compare slope and intercept with the original. Take the original instead of the converted copy, or "
         f"{_EXCLUDE}.",
     ),

@@ -19,7 +19,7 @@ from catalog.query import dataset_ids, load_dataset
 from catalog.report.pictures import opened_preview, stored_previews
 from catalog.survey import in_threads
 
-KEPT = 10_000
+KEPT = 5_000
 """Suspects of a finding that are told by key, the worst; the count tells of all."""
 
 _DICTIONARIES = ("status", "modality", "original_orientation", "depth_axis", "depth_rule")
@@ -69,13 +69,13 @@ class Diagnosis:
     small_images: int = 0
     """... and their images."""
 
-    def chosen(self, codes: Collection[str] | None, severities: Collection[str] | None) -> Diagnosis:
-        """The same with findings of these codes and severities only; None: all."""
+    def chosen(self, codes: Collection[str] | None, least: Severity) -> Diagnosis:
+        """The same with findings of these codes (None: all) that are at least so severe."""
+        severities = SEVERITIES[: SEVERITIES.index(least) + 1]
         kept = [
             finding
             for finding in self.findings
-            if (codes is None or finding.code in codes)
-            and (severities is None or finding.severity in severities)
+            if (codes is None or finding.code in codes) and finding.severity in severities
         ]
         return replace(self, findings=kept)
 

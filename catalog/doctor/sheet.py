@@ -43,7 +43,8 @@ def picture_sheet(
     for finding, suspects in zip(diagnosis.findings, chosen, strict=True):
         keys = wanted.setdefault(finding.dataset, set())
         keys |= {suspect.key for suspect in suspects}
-        keys |= {finding.typical} - {None} if suspects else set()
+        if suspects and finding.typical is not None:
+            keys.add(finding.typical)
     found = dict(
         zip(
             wanted,

@@ -186,37 +186,35 @@ def spacings(images: Images) -> Iterator[Suspects]:
         _Measure("between slices", "mm", images.numbers("spacing_z"), 0.05),
         _Measure("in-plane", "mm", in_plane, 0.05),
     ]
-    yield from _outliers(images, "spacing_outlier", measures, images.groups)
+    yield from _outliers("spacing_outlier", measures, images.groups)
 
 
 def shapes(images: Images) -> Iterator[Suspects]:
     names = {"slices": "shape_d", "rows": "shape_h", "columns": "shape_w"}
     measures = [_Measure(name, "", images.numbers(column), 0.1) for name, column in names.items()]
-    yield from _outliers(images, "shape_outlier", measures, images.groups)
+    yield from _outliers("shape_outlier", measures, images.groups)
 
 
 def intensities(images: Images) -> Iterator[Suspects]:
     names = {"dark end": "intensity_p0_5", "mean": "intensity_mean", "bright end": "intensity_p99_5"}
     columns = {name: images.numbers(column) for name, column in names.items()}
     floor = 0.02 * (columns["bright end"] - columns["dark end"])
-    for with_factor in (True, False):
-        groups = [group for group in images.groups if (group.kind in _ANY_FACTOR) == with_factor]
+    of_kind: dict[str, list[Group]] = {"factor": [], "HU": [], "": []}
+    for group in images.groups:
+        unit = "HU" if group.kind == "CT" else "factor" if group.kind in _ANY_FACTOR else ""
+        of_kind[unit].append(group)
+    for unit, groups in of_kind.items():
+        with_factor = unit == "factor"
         measures = [
-            _Measure(
-                name,
-                "HU" if all(group.kind == "CT" for group in groups) else "",
-                values,
-                0.1 if with_factor else None,
-                floor,
-            )
+            _Measure(name, "" if with_factor else unit, values, 0.1 if with_factor else None, floor)
             for name, values in columns.items()
             # The dark end of what has no zero of its own is noise.
             if not (with_factor and name == "dark end")
         ]
-        yield from _outliers(images, "intensity_outlier", measures, groups)
+        yield from _outliers("intensity_outlier", measures, groups)
 
 
-def _outliers(images: Images, code: str, measures: list[_Measure], groups: list[Group]) -> Iterator[Suspects]:
+def _outliers(code: str, measures: list[_Measure], groups: list[Group]) -> Iterator[Suspects]:
     """Images beyond in any of the measures, told by the worst of them; a mixture is told of as a group."""
     for group in groups:
         worst = np.zeros(len(group.rows))
@@ -309,7 +307,7 @@ def colours(images: Images) -> Iterator[Suspects]:
         odd, usual = odd_ones(here)
 
         def tell_odd(at: int, here: Values = here, usual: Any = usual) -> Told:
-            return Told(f"{here[at]:g} channel{'s' * (here[at] > 1)}", f"{usual:g}")
+            return Told(f"{here[at]:g} channel{'' if here[at] == 1 else 's'}", f"{usual:g}")
 
         yield _found("channels_unlike_siblings", group, odd & ~in_grey & ~same, None, tell_odd)
 

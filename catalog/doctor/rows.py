@@ -86,7 +86,8 @@ class Images:
         return with_flag[self._ingested]
 
     def _whole(self, name: str) -> pa.Array:
-        return pa.concat_arrays(self._load([name])[name].chunks or [pa.array([], pa.list_(pa.int32()))])
+        column = self._load([name])[name]
+        return pa.concat_arrays(column.chunks or [pa.array([], column.type)])
 
     def keys(self, rows: Rows) -> list[str]:
         return self._load(["key"])["key"].take(pa.array(self._ingested[rows])).to_pylist()  # type: ignore[no-any-return]

@@ -304,7 +304,8 @@ def test_pictures_are_bounded_and_the_page_is_harmless(tmp_path: Path) -> None:
         assert not tab.troubles()
         assert len(tab.requested()) == 1
         tab.run(
-            "const field = document.querySelector('#find'); field.value = 'd1'; field.dispatchEvent(new Event('input'))"
+            "const field = document.querySelector('#find'); field.value = 'd1';"
+            "field.dispatchEvent(new Event('input'))"
         )
         shown = tab.run("[...document.querySelectorAll('.group')].filter((group) => !group.hidden).length")
         assert 0 < shown < tab.run("document.querySelectorAll('.group').length")

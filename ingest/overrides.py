@@ -203,8 +203,8 @@ def append_overrides(file: Path, proposed: Iterable[tuple[Override, str]]) -> tu
 def _as_yaml(entries: Sequence[tuple[Override, str]]) -> str:
     blocks = []
     for entry, comment in entries:
-        # Keys are not ours: nothing of them may end the comment.
-        above = " ".join(comment.split())
+        # One line of what YAML lets stand in a comment, whatever it quotes.
+        above = " ".join("".join(c if c.isprintable() else " " for c in comment).split())
         fields = entry.model_dump(exclude_none=True)
         text = yaml.safe_dump([fields], sort_keys=False, allow_unicode=True, width=10**6)
         blocks.append(f"\n# {above}\n{text}")

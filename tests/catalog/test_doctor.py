@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -238,6 +238,7 @@ def test_nothing_known_is_nothing_found(tmp_path: Path) -> None:
     assert (found.images, found.findings) == (20, [])
 
 
+@settings(deadline=None)
 @given(
     values=arrays(np.float64, st.integers(LEAST, 60), elements=st.floats(0.1, 1000)),
     factor=st.floats(0.01, 100),
@@ -248,6 +249,7 @@ def test_z_does_not_depend_on_the_unit(values: np.ndarray, factor: float) -> Non
     np.testing.assert_allclose(robust_z(-np.log(values), 0.05), -z, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(value=st.floats(-1e6, 1e6), count=st.integers(0, 50))
 def test_equal_values_are_never_unusual(value: float, count: int) -> None:
     z = robust_z(np.full(count, value), 0.05)
@@ -255,6 +257,7 @@ def test_equal_values_are_never_unusual(value: float, count: int) -> None:
     assert not odd_ones(np.full(count, 3))[0].any()
 
 
+@settings(deadline=None)
 @given(st.integers(LEAST, 1000))
 def test_outliers_are_few(count: int) -> None:
     codes = np.zeros(count, int)

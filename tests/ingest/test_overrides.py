@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -215,6 +215,7 @@ def test_keys_of_private_datasets_are_ids(raw: Path, tmp_path: Path, monkeypatch
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
 
 
+@settings(deadline=None)
 @given(names, names, st.text(max_size=40))
 def test_what_is_appended_is_read_again(tmp_path_factory: Any, key: str, reason: str, comment: str) -> None:
     file = tmp_path_factory.mktemp("overrides") / "overrides.yaml"

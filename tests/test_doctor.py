@@ -121,6 +121,14 @@ def test_broken_scans_are_found_left_out_and_taken_back(
     assert codes <= list(CODES)
 
 
+def test_the_shipped_images_have_two_true_findings(tmp_path: Path, samples: Path) -> None:
+    """A sagittal scan whose pixels are 5 % longer than wide and its slices; ultrasound coloured by its JPEG."""
+    arguments = ("sample", "--raw", samples.parent, "--data", tmp_path, "--only", "brain_T1|heart|chest|retina")
+    assert run("pumit-data", "ingest", *arguments).returncode == 0
+    found = {(code, key.partition("#")[0]) for code, key in told(diagnose(Corpus(tmp_path)))}
+    assert found == {("depth_rule_disagrees", "datalad-brain_T1"), ("grey_as_colour", "pydicom-echo-heart")}
+
+
 def test_the_command_in_every_form(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, data = scans(tmp_path / "raw", samples), tmp_path / "data"
     ingest_demo(raw, data, monkeypatch)

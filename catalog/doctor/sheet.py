@@ -13,7 +13,7 @@ from catalog.durable import replacing
 from catalog.report.pictures import pictures_of
 from catalog.survey import in_threads
 
-MOST_SUSPECTS, MOST_OF_A_FINDING = 240, 8
+MOST_FINDINGS, MOST_SUSPECTS, MOST_OF_A_FINDING = 300, 240, 8
 """On the page of `doctor`; the report shows fewer."""
 BYTES_OF_ONE = 8_000
 
@@ -21,6 +21,7 @@ BYTES_OF_ONE = 8_000
 def picture_sheet(
     corpus: Corpus,
     diagnosis: Diagnosis,
+    findings: int = MOST_FINDINGS,
     most: int = MOST_SUSPECTS,
     each: int = MOST_OF_A_FINDING,
     limit: int = BYTES_OF_ONE,
@@ -28,19 +29,22 @@ def picture_sheet(
     """The findings as plain dicts, with pictures of the worst suspects.
 
     Args:
+        findings: so many are listed, the most severe.
         most: suspects shown in all, spread over the findings: the worst of each, then the second, ...
         each: of one finding.
         limit: bytes of one picture.
 
-    Returns `counts` (findings and images by severity), `shown` and `suspects` (how many of how many), and
+    Returns `images`; `counts` (findings and images by severity); `unlisted`, the number of findings that are
+    not; `shown` and `suspects` (how many of how many), and
     `codes`: code, severity, title, meaning, advice and findings, each with dataset, modality, images, of, usual
     (a picture, or null), summary and `shown`: suspects with a picture (or null), key, value and usual.
 
     Raises SetupError if a preview is damaged.
     """
-    chosen = _chosen(diagnosis.findings, most, each)
+    listed = diagnosis.findings[:findings]
+    chosen = _chosen(listed, most, each)
     wanted: dict[str, set[str]] = {}
-    for finding, suspects in zip(diagnosis.findings, chosen, strict=True):
+    for finding, suspects in zip(listed, chosen, strict=True):
         keys = wanted.setdefault(finding.dataset, set())
         keys |= {suspect.key for suspect in suspects}
         if suspects and finding.typical is not None:
@@ -53,7 +57,7 @@ def picture_sheet(
         )
     )
     codes: dict[str, dict[str, Any]] = {}
-    for finding, suspects in zip(diagnosis.findings, chosen, strict=True):
+    for finding, suspects in zip(listed, chosen, strict=True):
         code = CODES[finding.code]
         about = {
             "code": finding.code,
@@ -85,6 +89,7 @@ def picture_sheet(
             )
             for severity in SEVERITIES
         ],
+        "unlisted": len(diagnosis.findings) - len(listed),
         "shown": sum(len(suspects) for suspects in chosen),
         "suspects": sum(finding.images for finding in diagnosis.findings if finding.suspects),
         "codes": list(codes.values()),

@@ -26,8 +26,8 @@ INTENSITIES = ("intensity_p0_5", "intensity_median", "intensity_p99_5")
 SPREAD = (0.05, 0.5, 0.95)
 """Quantiles over the images that are shown of each of INTENSITIES."""
 
-SUSPECTS = (30, 3, 4_000)
-"""Pictures of suspects: in all, of a finding, and bytes of one."""
+SUSPECTS = (60, 30, 3, 4_000)
+"""Findings that are listed; pictures of suspects in all and of a finding, and bytes of one."""
 FINEST_STEP, MOST_MARKS = 16, 2_500
 """Marks of the spacing chart: steps an octave at first, and how many marks make them coarser."""
 _NAMED_DATASETS = 3

@@ -19,7 +19,7 @@ from catalog.query import dataset_ids, load_dataset
 from catalog.report.pictures import opened_preview, stored_previews
 from catalog.survey import in_threads
 
-KEPT = 5_000
+KEPT = 2_000
 """Suspects of a finding that are told by key, the worst; the count tells of all."""
 
 _DICTIONARIES = ("status", "modality", "original_orientation", "depth_axis", "depth_rule")

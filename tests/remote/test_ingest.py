@@ -289,12 +289,12 @@ def test_overrides_beside_the_images_in_the_store(
     upload(raw, bucket / "raw")
     before = ingest_from(bucket / "raw", bucket / "corpus").total
     files = files_in(bucket / "corpus", tmp_path / "before")
-    entries = [b"- {dataset: demo, key: %s, reason: seen}\n" % key for key in (b"picture_1", b"large")]
+    entries = [b"- {dataset: demo, key: %s, reason: seen}\n" % key for key in (b"picture_1", b"small")]
     (bucket / "raw/overrides.yaml").write(b"".join(entries))
     proxy.requests.clear()
     report = ingest_from(bucket / "raw", bucket / "corpus")
     assert report.total[("excluded", "excluded_by_user")] == 2
-    assert not any("raw/demo/large" in request.path for request in proxy.requests)
+    assert not any("raw/demo/small" in request.path for request in proxy.requests)
     (bucket / "raw/overrides.yaml").unlink()
     assert ingest_from(bucket / "raw", bucket / "corpus").total == before
     assert files_in(bucket / "corpus", tmp_path / "after") == files

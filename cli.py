@@ -23,9 +23,11 @@ from catalog.errors import SetupError
 from catalog.store import Location, folder, location
 
 if TYPE_CHECKING:
+    from catalog.doctor.examine import Diagnosis
     from ingest.estimate import Estimate
     from ingest.findings import Finding, Verification
     from ingest.outline import RawFolder
+    from ingest.overrides import Override
     from ingest.run import IngestPlan, IngestReport
     from ingest.spec import DatasetSpec
     from ingest.task import Outcomes
@@ -304,10 +306,11 @@ def ingest(
 
     from ingest.names import name_key
     from ingest.outline import raw_folder
+    from ingest.overrides import load_overrides, overrides_file
     from ingest.remote import working_copy
     from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
     from ingest.run import plan_ingest
-    from ingest.spec import get_spec
+    from ingest.spec import get_spec, load_specs
 
     if all_datasets == bool(datasets):
         raise SetupError("say which datasets: either ids, as `pumit-data list` shows them, or --all.")
@@ -318,6 +321,7 @@ def ingest(
             if all_datasets
             else [get_spec(name, raw.folder) for name in dict.fromkeys(datasets or ())]
         )
+        load_overrides(overrides_file(raw.folder), load_specs(raw=raw.folder))  # before anything is done
         for spec in specs:
             raw.outline(spec)
         corpus = stack.enter_context(working_copy(data_dir, [spec.id for spec in specs], write=not dry_run))
@@ -368,6 +372,7 @@ def verify(
     from catalog.remote import whole_copy
     from ingest.findings import render_verification, verification_as_json
     from ingest.outline import raw_folder
+    from ingest.overrides import load_overrides, overrides_file
     from ingest.remote import working_copy
     from ingest.repair import repair as mend
     from ingest.spec import load_specs
@@ -375,12 +380,15 @@ def verify(
 
     def checked(chosen: list[str] | None) -> Verification:
         with whole_copy(data_dir) as corpus, _byte_bar("verify") as progress:
-            return read_back(corpus, specs, chosen, deep=deep, workers=workers, progress=progress)
+            return read_back(
+                corpus, specs, chosen, overrides=overrides, deep=deep, workers=workers, progress=progress
+            )
 
     repaired: list[Finding] = []
     problems: list[str] = []
     with raw_folder(raw_place) as raw:
         specs = load_specs(raw=raw.folder)
+        overrides = load_overrides(overrides_file(raw.folder), specs) if raw.folder.is_dir() else None
         outcome = checked(datasets or None)
         if repair and outcome.findings:
             hurt = {finding.dataset for finding in outcome.findings if finding.dataset}
@@ -554,6 +562,112 @@ def report(
         size = write_page(facts, output)
     shown, images = facts["sheet"]["shown"], facts["sheet"]["images"]
     _print(f"Report: {output} ({decimal(size)}), with pictures of {shown:,} of {images:,} images.")
+
+
+@data.command()
+def doctor(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
+    ] = None,
+    data_dir: DataOption = Path("data"),
+    code: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Only this finding; may be repeated.", show_default=False),
+    ] = None,
+    severity: Annotated[
+        Literal["error", "warning", "note"], typer.Option(help="Only findings that are at least so severe.")
+    ] = "note",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Also write a page with pictures.", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODE[:ID]",
+            help="Leave out the images of this finding, with --write-overrides; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    write_overrides: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append them to this file: RAW/overrides.yaml.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+) -> None:
+    """Tell which images look wrong by their numbers: outliers, suspicious axes, modalities and intensities.
+
+    Nothing but the catalog and a few previews is read. A finding is no proof and no failure: the exit code is
+    0. docs/doctor.md lists the codes.
+    """
+    from catalog.doctor.codes import check_codes
+    from catalog.doctor.examine import diagnose
+    from catalog.doctor.show import as_json as diagnosis_as_json
+    from catalog.doctor.show import render, write_csv
+    from catalog.remote import open_corpus
+
+    _one_format({"--csv": as_csv, "--json": as_json})
+    if bool(exclude) != (write_overrides is not None):
+        raise SetupError("--exclude says what to leave out and --write-overrides where: give both, or neither.")
+    check_codes(code or ())
+    corpus = open_corpus(data_dir)
+    found = diagnose(corpus, datasets or None)
+    proposals = _proposed(found, exclude or [], corpus.datasets())
+    shown = found.chosen(code, severity)
+    if as_json:
+        _print_json(diagnosis_as_json(shown))
+    elif as_csv:
+        write_csv(shown, sys.stdout)
+    else:
+        render(shown, _console())
+    console = _console(stderr=as_json or as_csv)
+    if out is not None:
+        from rich.filesize import decimal
+
+        from catalog.doctor.sheet import write_sheet
+
+        with _writing(out):
+            size = write_sheet(corpus, shown, out)
+        console.print(f"Pictures: {out} ({decimal(size)})", markup=False)
+    if write_overrides is not None:
+        from ingest.overrides import append_overrides
+
+        with _writing(write_overrides):
+            new, present = append_overrides(write_overrides, proposals)
+        known = f" ({present} stood there already)" if present else ""
+        console.print(
+            f"{write_overrides}: {new} images to leave out{known}. Look at it, then ingest.", markup=False
+        )
+
+
+def _proposed(found: Diagnosis, exclude: list[str], known: list[str]) -> list[tuple[Override, str]]:
+    """The entries of overrides.yaml for what --exclude asks for, each with its comment."""
+    from catalog.doctor.codes import CODES, check_codes
+    from ingest.overrides import Override
+
+    proposals = []
+    for asked in exclude:
+        code, _, dataset = asked.partition(":")
+        check_codes([code])
+        if dataset and dataset not in known:
+            raise SetupError(
+                f"--exclude {asked}: the corpus has no dataset {dataset!r}, only {', '.join(known)}."
+            )
+        for finding in found.findings:
+            if finding.code != code or dataset not in ("", finding.dataset):
+                continue
+            if finding.images > len(finding.suspects) > 0:
+                raise SetupError(
+                    f"--exclude {asked}: {finding.images:,} images of {finding.dataset} have it, more than are "
+                    "told by key. Leave them out with a `glob` in overrides.yaml, or in the dataset's entry."
+                )
+            for suspect in finding.suspects:
+                usual = f" (usual: {suspect.usual})" if suspect.usual else ""
+                reason = f"{CODES[code].title}: {suspect.value}"
+                entry = Override(dataset=finding.dataset, key=suspect.key, reason=reason, finding=code)
+                proposals.append((entry, f"{finding.severity}: {reason}{usual}. {CODES[code].advice}"))
+    return proposals
 
 
 @data.command()

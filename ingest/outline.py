@@ -24,6 +24,7 @@ from catalog.errors import SetupError
 from catalog.remote import local_folder
 from catalog.store import Location, ObjectInfo, RemotePath, StoreError
 from ingest.discover import existing_roots, files_opened
+from ingest.overrides import overrides_file
 from ingest.readers import name as name_of
 from ingest.reasons import FailedImage
 from ingest.source import ImageSource
@@ -141,6 +142,8 @@ def raw_folder(place: Location) -> Iterator[RawFolder]:
         raw = RawFolder(folder, place, tuple(place.iterdir()))
         with suppress(FileNotFoundError):
             (place / own_file(folder).name).download(own_file(folder))
+        with suppress(FileNotFoundError):
+            (place / overrides_file(folder).name).download(overrides_file(folder))
         try:
             yield raw
         except SetupError as error:
@@ -156,7 +159,7 @@ def at_hand(source: ImageSource, origin: RemotePath | None) -> Iterator[ImageSou
 
     Raises FailedImage if objects have gone since they were listed, StoreError as the store does.
     """
-    if origin is None or source.exclude is not None:
+    if origin is None or source.exclude is not None or source.overridden(None) is not None:
         yield source
         return
     with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:

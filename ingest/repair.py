@@ -42,6 +42,7 @@ from ingest.journal import Journal
 from ingest.ledger import done_paths
 from ingest.names import name_key
 from ingest.outline import RawFolder
+from ingest.overrides import overrides_of
 from ingest.run import IngestPlan, IngestReport, planned
 from ingest.source import ImageSource
 
@@ -330,7 +331,7 @@ class _Mender:
                     )
                     continue
                 origins = [found[name] for name in dict.fromkeys(row["source_path"] for row in members)]
-                lossless = members[0]["entry_hash"] == sources.spec.entry_hash(lossless=True)
+                lossless = members[0]["entry_hash"].startswith(sources.spec.entry_hash(lossless=True))
                 jobs[path] = pool.submit(
                     remake_array, self._corpus, members, origins, origin, lossless=lossless
                 )
@@ -348,7 +349,7 @@ class _Mender:
         self._raw.outline(self._spec)
         root = dataset_root(self._spec, self._raw.folder)
         names = name_key(self._corpus) if self._spec.private_names else None
-        return FoundSources(self._spec, root, names)
+        return FoundSources(self._spec, root, names, overrides_of(self._dataset, self._raw.folder))
 
     def _planned(self, paths: Collection[str]) -> IngestPlan:
         """The plan of a call that ingests the sources of these paths and no others."""

@@ -31,6 +31,7 @@ from ingest.found import FoundSources, Group
 from ingest.journal import Journal, Stamp
 from ingest.ledger import as_known_error
 from ingest.names import NameKey
+from ingest.overrides import overrides_of
 from ingest.runs import run_log
 from ingest.spec import DatasetSpec
 from ingest.task import IngestTask, Outcomes, TaskResult, task_name
@@ -111,14 +112,14 @@ def plan_ingest(
         lossless: keep true floats as they are, or not; by default as the dataset's last ingest did.
 
     Raises:
-        SetupError: missing or empty raw folder, bad regular expression.
+        SetupError: missing or empty raw folder, bad regular expression, wrong overrides.yaml.
     """
     root = dataset_root(spec, raw)
     try:
         pattern = re.compile(only or "")
     except re.error as error:
         raise SetupError(f"--only {only!r} is no regular expression: {error}.") from error
-    sources = FoundSources(spec, root, names)
+    sources = FoundSources(spec, root, names, overrides_of(spec.id, raw))
     sources.select(pattern, limit)
     options = {"--only": only, "--limit": limit}
     arguments = tuple(f"{name}={value}" for name, value in options.items() if value is not None)

@@ -367,12 +367,9 @@ def _shipped_specs() -> dict[str, DatasetSpec]:
 
 
 def _load(path: Path, *, private_names: bool = False) -> dict[str, DatasetSpec]:
-    entries = _parse(path)
-    if not isinstance(entries, list):
-        raise SetupError(f"{path}: must be a list of entries, each beginning with `- id: ...`.")
     specs: dict[str, DatasetSpec] = {}
     problems: list[str] = []
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(parse_entries(path, "- id: ..."), start=1):
         name = repr(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {number}"
         try:
             spec = DatasetSpec.model_validate(
@@ -387,6 +384,17 @@ def _load(path: Path, *, private_names: bool = False) -> dict[str, DatasetSpec]:
     if problems:
         raise SetupError("\n".join(problems))
     return specs
+
+
+def parse_entries(path: Path, beginning: str) -> list[Any]:
+    """The items of a YAML file that is a list; no key may stand twice in one of them.
+
+    Raises SetupError if it cannot be read, is no YAML or no list; `beginning` is how an item begins.
+    """
+    entries = _parse(path)
+    if not isinstance(entries, list):
+        raise SetupError(f"{path}: must be a list of entries, each beginning with `{beginning}`.")
+    return entries
 
 
 def _parse(path: Path) -> Any:

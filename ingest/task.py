@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from catalog.corpus import Corpus
 from catalog.store import RemotePath
 from ingest.journal import Journal, Stamp
+from ingest.overrides import REASON, declared_hash, from_text
 from ingest.readers import name
 from ingest.reasons import ExcludedImage, FailedImage, full_message
 from ingest.source import ImageSource, shared_weight
@@ -51,6 +52,8 @@ class Place(NamedTuple):
     """Number of files that share the weight."""
     copy_of: str | None = None
     """Name of the file that has the same bytes, and is kept."""
+    override: str | None = None
+    """What the user's overrides.yaml says of it, as `ingest.overrides.as_text` has it."""
 
     def source(self, kind: ImageSource, root: Path) -> ImageSource:
         """The source at this place."""
@@ -66,6 +69,7 @@ class Place(NamedTuple):
             subject=self.subject,
             alias=self.alias,
             weight=weight,
+            overrides=from_text(self.override),
             exclude=exclude,
         )
 
@@ -201,10 +205,13 @@ def record_lost_task(task: IngestTask) -> TaskResult:
 
 
 def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: Mapping[str, Stamp]) -> TaskResult:
+    declared = {
+        place.alias or place.path: declared_hash(task.entry_hash, place.override) for place in task.places
+    }
     complete = [
         row
         | {
-            "entry_hash": task.entry_hash,
+            "entry_hash": declared[row["source_path"]],
             "split": "validation" if row["subject"] in task.validation_subjects else "train",
         }
         for row in rows
@@ -243,18 +250,22 @@ def images_of(source: ImageSource, *, lossless: bool = False) -> Iterator[Normal
         return excluded_row(source, explained, index, count, volume) | {"preview": None}
 
     try:
-        if source.failure is not None:
-            reason, why = source.failure
-            raise FailedImage(reason, f"{name(source)}: {why}")
         if source.exclude is not None:
             reason, why = source.exclude
             raise ExcludedImage(reason, f"{name(source)}: {why}")
+        if (overridden := _if_overridden(source, None)) is not None:
+            raise overridden
+        if source.failure is not None:
+            reason, why = source.failure
+            raise FailedImage(reason, f"{name(source)}: {why}")
         count = 2  # only one of several is yielded as excluded; a single one is raised
         for position, volume in enumerate(read_volumes(source)):
             if isinstance(volume, ExcludedImage):
-                yield unfit(volume, position, count, None)
+                yield unfit(_if_overridden(source, position) or volume, position, count, None)
                 continue
             try:
+                if volume.count > 1 and (outcome := _if_overridden(source, volume.index)) is not None:
+                    raise outcome
                 yield normalise(volume, source, lossless=lossless)
             except ExcludedImage as outcome:
                 yield unfit(outcome, volume.index, volume.count, volume)
@@ -263,6 +274,13 @@ def images_of(source: ImageSource, *, lossless: bool = False) -> Iterator[Normal
     except Exception as error:
         # Not even an OSError gets out: outside of here it means that the corpus cannot be written.
         raise _failure(source, error) from None
+
+
+def _if_overridden(source: ImageSource, index: int | None) -> ExcludedImage | None:
+    """Set if the user leaves out a volume of the source, or, for null, the whole."""
+    why = source.overridden(index)
+    which = "" if index is None else f", volume {index}"
+    return None if why is None else ExcludedImage(REASON, f"{name(source)}{which}: {why}")
 
 
 def _fetched_images(task: IngestTask, source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:

@@ -26,6 +26,7 @@ from catalog.store import Location, RemotePath, StoreError
 from ingest.findings import Amount, Finding, Kind, Verification
 from ingest.journal import Journal
 from ingest.lease import refuse_writer
+from ingest.overrides import Overrides, as_text, declared_hash, source_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,6 +57,7 @@ def verify(
     specs: Mapping[str, DatasetSpec],
     datasets: Collection[str] | None = None,
     *,
+    overrides: Mapping[str, Overrides] | None = None,
     deep: bool = False,
     workers: int | None = None,
     progress: Progress = lambda done, total: None,
@@ -65,6 +67,7 @@ def verify(
     Args:
         specs: entries of datasets.yaml by id, to tell stale rows; a dataset without one gets a note.
         datasets: only these; by default all there are.
+        overrides: what the user leaves out, by dataset; None: not known, and so not compared.
         deep: also decode every voxel and compare the statistics computed from them with those of its row.
         workers: threads, or processes for `deep`; by default one per core. In memory are at most so many
             volumes (`deep`) and the columns compared, of one dataset at a time.
@@ -92,7 +95,8 @@ def verify(
         pool = stack.enter_context(worker_pool(count, processes=deep))
         total = sum(_size_on_disk(corpus, dataset) for dataset in chosen)
         for dataset in chosen:
-            _verify_dataset(_Work(corpus, dataset, outcome, pool, count, total, progress), specs)
+            work = _Work(corpus, dataset, outcome, pool, count, total, progress)
+            _verify_dataset(work, specs, None if overrides is None else overrides.get(dataset, Overrides()))
     outcome.findings.sort()
     return outcome
 
@@ -147,7 +151,7 @@ class _ArrayOutcome:
     strays: list[str]
 
 
-def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
+def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec], overrides: Overrides | None) -> None:
     from catalog.query import read_table, remedy_of
     from catalog.schema import CATALOG_SCHEMA
 
@@ -174,7 +178,7 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
         work.found(catalog, "damaged", str(error))
         return
     work.amount.rows += table.num_rows
-    _stale_rows(work, table, specs)
+    _stale_rows(work, table, specs, overrides)
     if not stopped:
         _stray_arrays(work, set(table["shard_path"].to_pylist()))
     for array, outcome in _checked(work, table):
@@ -246,7 +250,9 @@ def _unfinished(work: _Work) -> bool:
     return tasks > 0 or corpus.next_manifest_file(dataset).is_file()
 
 
-def _stale_rows(work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec]) -> None:
+def _stale_rows(
+    work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec], overrides: Overrides | None
+) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -273,9 +279,26 @@ def _stale_rows(work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec]) 
             "Entries of your own lie in the raw folder: give --raw."
         )
         return
-    current = pa.array([spec.entry_hash(), spec.entry_hash(lossless=True)])
-    changed = table.filter(pc.invert(pc.is_in(table["entry_hash"], current)))
-    report(changed, "the entry in datasets.yaml has changed since", again)
+    entries = [spec.entry_hash(), spec.entry_hash(lossless=True)]
+    of_entry = pc.utf8_slice_codeunits(table["entry_hash"], 0, len(entries[0]))
+    of_overrides = pc.utf8_slice_codeunits(table["entry_hash"], len(entries[0]))
+    changed = pc.invert(pc.is_in(of_entry, pa.array(entries)))
+    report(table.filter(changed), "the entry in datasets.yaml has changed since", again)
+    if overrides is None:
+        if pc.any(pc.not_equal(of_overrides, "")).as_py():
+            work.outcome.notes.append(
+                f"{work.dataset}: whether overrides.yaml has changed since was not looked at. It lies in the "
+                "raw folder: give --raw."
+            )
+        return
+    if overrides:
+        keys = table["key"].to_pylist()
+        texts = (as_text(overrides.of(source_key(key))) for key in keys)
+        expected = pa.array([declared_hash("", text) for text in texts], pa.string())
+    else:
+        expected = pa.scalar("")
+    differing = pc.and_not(pc.not_equal(of_overrides, expected), changed)
+    report(table.filter(differing), "what overrides.yaml says of it has changed since", again)
 
 
 def _stray_tops(corpus: Corpus, known: Collection[str]) -> Iterator[Finding]:

@@ -263,6 +263,24 @@ def test_an_image_that_vanishes_fails_alone(raw: Path, bucket: RemotePath, proxy
     assert report.total == {("ingested", ""): 4, ("failed", "vanished"): 1}
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_overrides_beside_the_images_in_the_store(
+    raw: Path, bucket: RemotePath, proxy: Proxy, tmp_path: Path
+) -> None:
+    upload(raw, bucket / "raw")
+    before = ingest_from(bucket / "raw", bucket / "corpus").total
+    files = files_in(bucket / "corpus", tmp_path / "before")
+    entries = [b"- {dataset: demo, key: %s, reason: seen}\n" % key for key in (b"picture_1", b"small")]
+    (bucket / "raw/overrides.yaml").write(b"".join(entries))
+    proxy.requests.clear()
+    report = ingest_from(bucket / "raw", bucket / "corpus")
+    assert report.total[("excluded", "excluded_by_user")] == 2
+    assert not any("raw/demo/small" in request.path for request in proxy.requests)
+    (bucket / "raw/overrides.yaml").unlink()
+    assert ingest_from(bucket / "raw", bucket / "corpus").total == before
+    assert files_in(bucket / "corpus", tmp_path / "after") == files
+
+
 def test_names_that_no_file_can_have(bucket: RemotePath, proxy: Proxy) -> None:
     (bucket / "raw/demo/x").write(b"1")
     (bucket / "raw/demo/x/y.png").write(b"1")

@@ -216,6 +216,10 @@ def test_commands(corpus: RemotePath, tmp_path: Path) -> None:
     viewed = run("pumit-data", "view", row["key"], "--data", str(corpus), "--save", tmp_path / "seen.png")
     assert viewed.returncode == 0, viewed.stderr
     assert Image.open(tmp_path / "seen.png").size[0] > 0
+    page = tmp_path / "suspects.html"
+    doctor = run("pumit-data", "doctor", "--data", str(corpus), "--out", page)
+    assert doctor.returncode == 0, doctor.stderr
+    assert page.exists()
     wrong = run("pumit-data", "stats", "--data", "ftp://host/corpus")
     assert (wrong.returncode, wrong.stdout) == (cli.WRONG_CALL, "")
     assert "s3://BUCKET/PREFIX" in wrong.stderr

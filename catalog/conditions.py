@@ -54,7 +54,8 @@ class Conditions:
     def of(self, table: pa.Table) -> list[npt.NDArray[np.bool_]]:
         """For each condition, which of the n rows it holds for, (n,); unknown is no.
 
-        `table` has `columns`; texts may be dictionary arrays. Raises SetupError where a value cannot be computed.
+        `table` has `columns`; texts may be dictionary arrays. Raises SetupError where a value cannot be
+        computed.
         """
         import duckdb
 
@@ -103,7 +104,9 @@ def _columns_of(connection: Any, condition: str, known: dict[str, str]) -> set[s
             name = node["column_names"][-1].casefold()
             if name not in known or node["column_names"][:-1] not in ([], [VIEW]):
                 columns_there = ", ".join(CATALOG_SCHEMA.names)
-                raise SetupError(f"there is no column {'.'.join(node['column_names'])}. Columns: {columns_there}.")
+                raise SetupError(
+                    f"there is no column {'.'.join(node['column_names'])}. Columns: {columns_there}."
+                )
             columns.add(name)
     return columns
 

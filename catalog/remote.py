@@ -22,7 +22,7 @@ from catalog.durable import replacing
 from catalog.errors import SetupError
 from catalog.store import Location, RemotePath, StoreError, endpoint
 
-MIRRORED = ("catalog", "splits")
+MIRRORED = ("catalog", "splits", "mixes")
 """Folders of a corpus that are copied."""
 
 _ETAGS_FILE = ".etags.json"

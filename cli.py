@@ -23,6 +23,8 @@ from catalog.errors import SetupError
 from catalog.store import Location, folder, location
 
 if TYPE_CHECKING:
+    from catalog.corpus import Corpus
+    from catalog.mix import Mix
     from ingest.estimate import Estimate
     from ingest.findings import Finding, Verification
     from ingest.outline import RawFolder
@@ -42,6 +44,8 @@ data = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+mix = typer.Typer(help="Name which images training draws, and how often.", no_args_is_help=True)
+data.add_typer(mix, name="mix")
 train = typer.Typer(
     name="pumit-train",
     help="Pre-train the tokenizer and the ViT on a prepared corpus.",
@@ -517,6 +521,111 @@ def query(
         formats.write_json(result, sys.stdout.buffer)
     else:
         _print(formats.printable(result))
+
+
+MixName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the mix.")]
+
+
+@mix.command("list")
+def list_mixes(data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """List the mixes that come with PUMIT-data, and those of the corpus."""
+    from catalog.mix import load_mix, mix_names
+    from catalog.mix_tables import list_as_json, list_table
+    from catalog.remote import open_corpus
+
+    corpus = open_corpus(data_dir)
+    mixes = {name: load_mix(corpus, name) for name in mix_names(corpus)}
+    _print_json(list_as_json(mixes)) if as_json else _print(list_table(mixes))
+
+
+@mix.command("show")
+def show_mix(name: MixName, data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """Show a mix, and how often training draws what without it and with it."""
+    from catalog.mix import load_mix
+    from catalog.remote import open_corpus
+
+    corpus = open_corpus(data_dir)
+    _show_mix(corpus, name, load_mix(corpus, name), as_json)
+
+
+@mix.command("write")
+def write_mix(
+    name: MixName,
+    data_dir: DataOption = Path("data"),
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SQL",
+            help="Only images for which this holds, such as \"modality <> 'US'\".",
+            show_default=False,
+        ),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="A dataset to leave out; may be repeated.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            metavar="SQL=FACTOR",
+            help="Factor on the weight of images, such as \"modality = 'CT' = 0.5\"; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help='Factors that give these shares of draws: "modality: CT=0.4, MRI=0.4, XR=0.2".',
+            show_default=False,
+        ),
+    ] = None,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Of images that show the same, draw only one.")
+    ] = False,
+    description: Annotated[str | None, typer.Option(help="What it is for.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the mix of this name.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a mix into the corpus, where trainers take it by its name, and show what it does.
+
+    --balance takes a target for modality, dataset, dimension or da_level, and comes on top of the rest. MRI
+    means all its sequences; values that are not named share what is left as they did.
+    """
+    from catalog.balance import balancing, parse_target
+    from catalog.mix import checked_name, make_mix, parse_weight
+    from catalog.mix import write_mix as put_mix
+    from catalog.remote import open_corpus
+    from catalog.selection import Selection
+    from catalog.shares import tally
+
+    corpus = open_corpus(data_dir)
+    fields = {
+        "description": description,
+        "where": where,
+        "leave_out": leave_out or [],
+        "weights": [parse_weight(text) for text in weights or ()],
+        "dedup": dedup,
+    }
+    wanted = make_mix(fields, f"mix {checked_name(name)}")
+    if balance is not None:
+        rule = balancing(tally(corpus, Selection(corpus, wanted)), parse_target(balance))
+        wanted = wanted.model_copy(update={"weights": (*wanted.weights, rule)})
+    put_mix(corpus, name, wanted, force=force)
+    _show_mix(corpus, name, wanted, as_json)
+
+
+def _show_mix(corpus: Corpus, name: str, wanted: Mix, as_json: bool) -> None:
+    from catalog.mix_tables import mix_as_json, render_mix
+    from catalog.selection import Selection
+    from catalog.shares import tally
+
+    counted = tally(corpus, Selection(corpus, wanted))
+    if as_json:
+        _print_json(mix_as_json(name, wanted, counted))
+    else:
+        render_mix(name, wanted, counted, _console())
 
 
 @data.command()

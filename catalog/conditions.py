@@ -17,6 +17,8 @@ from catalog.errors import SetupError
 from catalog.schema import CATALOG_SCHEMA
 from catalog.sql import VIEW, in_words, parsed, sandbox
 
+EXAMPLE = "\"modality = 'CT' and spacing_z < 2\""
+
 _ROW_BY_ROW = {
     *("COLUMN_REF", "CONSTANT", "COMPARISON", "CONJUNCTION", "FUNCTION", "OPERATOR", "CAST", "CASE", "BETWEEN"),
     *("TYPE", "COLLATE"),
@@ -43,7 +45,9 @@ class Conditions:
         for condition in conditions:
             try:
                 found |= {known[name] for name in _columns_of(self._connection, condition, known)}
-                self._answers(CATALOG_SCHEMA.empty_table(), [condition])
+                kind = self._connection.sql(f"SELECT (\n{condition}\n) FROM {VIEW}").types[0]  # noqa: S608 (checked)
+                if str(kind) != "BOOLEAN":
+                    raise SetupError(f"this is no condition, such as {EXAMPLE}.")
             except SetupError as error:
                 raise SetupError(f"condition {condition!r}: {error}") from error
             except duckdb.Error as error:
@@ -84,11 +88,11 @@ def _columns_of(connection: Any, condition: str, known: dict[str, str]) -> set[s
     tree = _without_places(parsed(connection, f"SELECT * FROM {VIEW} WHERE (\n{condition}\n)"))  # noqa: S608
     plain = _without_places(parsed(connection, f"SELECT * FROM {VIEW} WHERE (true)"))  # noqa: S608
     if len(tree["statements"]) != 1 or tree["statements"][0]["node"].get("where_clause") is None:
-        raise SetupError("this is no condition, such as \"modality = 'CT' and spacing_z < 2\".")
+        raise SetupError(f"this is no condition, such as {EXAMPLE}.")
     where = tree["statements"][0]["node"].pop("where_clause")
     plain["statements"][0]["node"].pop("where_clause")
     if tree != plain:
-        raise SetupError("this is more than a condition, such as \"modality = 'CT' and spacing_z < 2\".")
+        raise SetupError(f"this is more than a condition, such as {EXAMPLE}.")
     columns = set()
     consistent = _consistent_functions(connection)
     for node in _nodes(where):

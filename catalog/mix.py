@@ -20,6 +20,7 @@ import difflib
 import hashlib
 import importlib.resources
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
@@ -205,6 +206,21 @@ def make_mix(fields: Any, origin: str) -> Mix:
     except SetupError as error:
         raise SetupError(f"{origin}: {error}") from error
     return mix
+
+
+def parse_weight(text: str) -> WhereFactor:
+    """Read "condition=factor", the factor behind the last equals sign. Raises SetupError if it is not so."""
+    condition, equals, number = text.rpartition("=")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = math.nan
+    if not equals or not condition.strip() or not 0 <= factor < math.inf:
+        raise SetupError(
+            f"--weight {text!r}: write a condition, an equals sign and a factor of 0 or more, as in "
+            "\"modality = 'CT' = 0.5\"."
+        )
+    return WhereFactor(where=condition.strip(), factor=factor)
 
 
 def conditions_of(mix: Mix) -> list[str]:

@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
+from catalog.mix import load_mix
 from catalog.query import catalog_fingerprint, dataset_ids, read_batches, remedy_of
 from catalog.remote import open_corpus
-from catalog.sampling import CropGeometry
+from catalog.sampling import CropGeometry, Reals
 from catalog.schema import CATALOG_SCHEMA
+from catalog.selection import Selection
 from catalog.split import split_fingerprint
 from catalog.store import Location
 from shards.read import ShardReader
@@ -54,13 +56,15 @@ class RunData:
 def open_data(place: Location, config: RunConfig) -> RunData:
     """Plan the batches of a run and read its validation crops.
 
-    Raises SetupError if nothing is ingested or no training image is left.
+    Raises SetupError if nothing is ingested, there is no such mix, or no training image is left.
     """
     corpus = open_corpus(place)
     files = _files(corpus)
     crop = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.data.tokens_x)
+    mix = load_mix(corpus, config.data.mix)
+    selection = Selection(corpus, mix, dedup=config.data.dedup)
     candidates = Candidates(config.validation_images)
-    planner = plan_batches(corpus, crop, config.data.batch_size, config.seed, candidates)
+    planner = plan_batches(corpus, crop, config.data.batch_size, config.seed, candidates, selection)
     measured, held_out = choose_images(candidates.table(), config.validation_images)
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
     batches = ValidationPlanner(measured, shown, config.data.batch_size)
@@ -69,6 +73,7 @@ def open_data(place: Location, config: RunConfig) -> RunData:
     fingerprints = {
         "split": split_fingerprint(corpus, corpus.datasets()),
         "catalog": catalog_fingerprint(corpus),
+        **selection.fingerprints,
     }
     if _files(corpus) != files:
         raise SetupError(
@@ -85,16 +90,30 @@ def open_data(place: Location, config: RunConfig) -> RunData:
 
 
 def plan_batches(
-    corpus: Corpus, crop: CropGeometry, batch_size: int, seed: int, candidates: Candidates
+    corpus: Corpus,
+    crop: CropGeometry,
+    batch_size: int,
+    seed: int,
+    candidates: Candidates,
+    selection: Selection | None = None,
 ) -> BatchPlanner:
-    """The planner of a corpus's training images; `candidates` takes note of those to validate on."""
-    with contextlib.closing(training_tables(corpus, candidates)) as tables:
+    """The planner of a corpus's training images; `candidates` takes note of those to validate on.
+
+    Without `selection`, all are drawn by their sampling weight. Raises SetupError if none can be drawn.
+    """
+    with contextlib.closing(training_tables(corpus, candidates, selection)) as tables:
         return BatchPlanner(tables, crop, batch_size, seed)
 
 
-def training_tables(corpus: Corpus, candidates: Candidates) -> Generator[pa.Table]:
-    """The training images in the order of dataset and key, some ten thousand rows at a time."""
-    with contextlib.closing(_ahead(_ingested(corpus))) as tables:
+def training_tables(
+    corpus: Corpus, candidates: Candidates, selection: Selection | None = None
+) -> Generator[pa.Table]:
+    """The training images in the order of dataset and key, some ten thousand rows at a time.
+
+    What `selection` leaves out is neither trained nor validated on; the weights of the others are multiplied by
+    their factors.
+    """
+    with contextlib.closing(_ahead(_ingested(corpus, selection))) as tables:
         for table in tables:
             yield _having(candidates.seen(table), "split", "train")
 
@@ -105,13 +124,26 @@ def _files(corpus: Corpus) -> list[tuple[str, int, int]]:
     return [(dataset, stat.st_ino, stat.st_mtime_ns) for dataset, stat in stats]
 
 
-def _ingested(corpus: Corpus) -> Iterator[pa.Table]:
+def _ingested(corpus: Corpus, selection: Selection | None) -> Iterator[pa.Table]:
     """The ingested images in the order of dataset and key, some ten thousand at a time."""
     columns, dictionaries = [*IMAGE_COLUMNS, "modality"], [*CODED_COLUMNS, "modality"]
+    read = list(dict.fromkeys([*columns, *(selection.columns if selection is not None else ())]))
     for dataset in dataset_ids(corpus):
+        if selection is not None and selection.leaves_out(dataset):
+            continue
         path, remedy = corpus.catalog_file(dataset), remedy_of(dataset)
-        for table in read_batches(path, remedy, columns, schema=CATALOG_SCHEMA, dictionaries=dictionaries):
-            yield _having(table, "status", "ingested")
+        for table in read_batches(path, remedy, read, schema=CATALOG_SCHEMA, dictionaries=dictionaries):
+            images = _having(table, "status", "ingested")
+            yield images if selection is None else _weighted(images, selection.factors(images)).select(columns)
+
+
+def _weighted(table: pa.Table, factors: Reals) -> pa.Table:
+    """The rows with a factor above 0, their weights multiplied by it."""
+    if (factors == 1).all():
+        return table
+    at = table.column_names.index("sampling_weight")
+    weighted = pc.multiply(table["sampling_weight"], pa.array(factors))
+    return table.set_column(at, table.schema.field(at), weighted).filter(pa.array(factors > 0))
 
 
 def _ahead(tables: Iterator[pa.Table]) -> Generator[pa.Table]:

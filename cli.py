@@ -616,6 +616,70 @@ def write_mix(
     _show_mix(corpus, name, wanted, as_json)
 
 
+@data.command()
+def lock(
+    data_dir: DataOption = Path("data"),
+    raw: RawPlaceOption = Path("raw"),
+    mix_name: Annotated[str, typer.Option("--mix", help="The mix to lock with the corpus.")] = "all",
+    output: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the lock goes.")] = Path(
+        "corpus.lock"
+    ),
+    check_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", metavar="FILE", help="Compare the corpus with this lock instead.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one file that says which corpus this is, or compare a corpus with such a file.
+
+    It holds hashes and counts of sources, voxels, exclusions, split, weights and mix. Checkpoints hold one.
+    With --check, exit code 1 if anything differs. --raw is where your own entries say their licence.
+    """
+    from catalog.durable import replacing
+    from catalog.lock import check_lock, lock_corpus, lock_text, read_lock
+    from catalog.mix import load_mix
+    from catalog.remote import open_corpus
+    from catalog.selection import Selection
+    from ingest.outline import raw_folder
+    from ingest.spec import load_specs
+    from shards.layout import LAYOUT_VERSION
+
+    corpus = open_corpus(data_dir)
+    if check_file is not None:
+        with _reading(check_file):
+            locked = read_lock(check_file.read_text(encoding="utf-8"), str(check_file))
+        found = check_lock(corpus, locked, LAYOUT_VERSION)
+        if as_json:
+            _print_json({"same": not found, "differences": [one._asdict() for one in found]})
+        elif found:
+            _print("\n".join(": ".join(filter(None, (one.dataset, one.text))) for one in found))
+            _print(f"{corpus.place} is not the corpus of {check_file}.")
+        else:
+            _print(f"{corpus.place} is the corpus of {check_file}, fingerprint {locked['fingerprint'][:12]}.")
+        if found:
+            raise typer.Exit(SOME_FAILED)
+        return
+    with raw_folder(raw) as own:
+        licences = {name: spec.licence for name, spec in load_specs(raw=own.folder).items()}
+    wanted = load_mix(corpus, mix_name)
+    locked = lock_corpus(
+        corpus,
+        mix_name,
+        wanted,
+        Selection(corpus, wanted),
+        shards_version=LAYOUT_VERSION,
+        licences=licences,
+    )
+    with _writing(output), replacing(output) as temporary:
+        temporary.write_text(lock_text(locked), encoding="utf-8")
+    if as_json:
+        _print_json(locked)
+    else:
+        _print(f"Lock: {output}, fingerprint {locked['fingerprint'][:12]}.")
+
+
 def _show_mix(corpus: Corpus, name: str, wanted: Mix, as_json: bool) -> None:
     from catalog.mix_tables import mix_as_json, render_mix
     from catalog.selection import Selection
@@ -761,6 +825,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.", show_default=False),
 ]
+MixOption = Annotated[
+    str | None,
+    typer.Option("--mix", metavar="NAME", help="Which images are drawn, and how often.", show_default=False),
+]
+DedupOption = Annotated[
+    bool, typer.Option("--dedup", help="Of images that show the same, draw only one; see `duplicates`.")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
 
 
@@ -769,11 +840,13 @@ def tokenizer(
     run: RunOption,
     preset: PresetOption = "tiny",
     data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    dedup: DedupOption = False,
     settings: SetOption = None,
     resume: ResumeOption = False,
 ) -> None:
     """Train the visual tokenizer (spatially adaptive convolutions, soft codebook)."""
-    _train("tokenizer", preset, settings, data_dir, run, resume)
+    _train("tokenizer", preset, [*(settings or ()), *_drawn_from(mix_name, dedup)], data_dir, run, resume)
 
 
 @train.command()
@@ -785,29 +858,40 @@ def mim(
     ] = None,
     preset: PresetOption = "tiny",
     data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    dedup: DedupOption = False,
     settings: SetOption = None,
     resume: ResumeOption = False,
 ) -> None:
     """Train the ViT by masked image modelling against a trained tokenizer."""
-    overrides = list(settings or [])
+    overrides = [*(settings or ()), *_drawn_from(mix_name, dedup)]
     if tokenizer_run is not None:
         overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
     _train("mim", preset, overrides, data_dir, run, resume)
 
 
+def _drawn_from(mix_name: str | None, dedup: bool) -> list[str]:
+    """--mix and --dedup as settings; the name is quoted, for the value is read as YAML."""
+    named = [] if mix_name is None else [f"data.mix={json.dumps(mix_name)}"]
+    return named + ["data.dedup=true"] * dedup
+
+
 def _train(
     kind: Literal["tokenizer", "mim"],
     preset: str,
-    settings: list[str] | None,
+    settings: list[str],
     data_dir: Location,
     run: Path,
     resume: bool,
 ) -> None:
     from training.config import load_preset
 
-    config = load_preset(kind, preset, settings or [])  # a wrong setting is told before torch is loaded
+    from ingest.spec import load_specs
+
+    config = load_preset(kind, preset, settings)  # a wrong setting is told before torch is loaded
     module = importlib.import_module(f"training.train_{kind}")
-    summary = module.train(config, data_dir, run, resume=resume)
+    licences = {name: spec.licence for name, spec in load_specs().items()}
+    summary = module.train(config, data_dir, run, resume=resume, licences=licences)
     _print(
         f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
         f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
@@ -899,6 +983,16 @@ def _byte_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
             bars.update(bar, completed=done, total=None if total is None else max(done, total))
 
         yield show
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn an error on a text file that the user named into one line."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise SetupError(f"{path} cannot be read: {what}. Name another file.") from error
 
 
 @contextmanager

@@ -16,6 +16,10 @@ from catalog.query import fingerprint
 from catalog.sampling import Reals
 
 
+class CopiesUnknownError(SetupError):
+    """Nobody looked for duplicates, or not in the catalog as it is."""
+
+
 class Selection:
     """A mix on a corpus, applied to its catalog piece by piece."""
 
@@ -28,8 +32,8 @@ class Selection:
     def __init__(self, corpus: Corpus, mix: Mix, *, dedup: bool = False) -> None:
         """With `dedup`, as if the mix said so.
 
-        Raises SetupError if duplicates are needed that nobody looked for, or that were looked for in another
-        state of the catalog; or if a condition of the mix is wrong.
+        Raises CopiesUnknownError if duplicates are needed that nobody looked for, or that were looked for in
+        another state of the catalog; SetupError if a condition of the mix is wrong.
         """
         self._mix = mix
         self._conditions = Conditions(conditions_of(mix))
@@ -66,12 +70,12 @@ def _superfluous(corpus: Corpus) -> pa.Table:
     remedy = f"Type `pumit-data duplicates --data {corpus.place}`"
     groups = load_groups(corpus)
     if groups is None:
-        raise SetupError(
+        raise CopiesUnknownError(
             f"nobody has looked for duplicates in {corpus.place}. {remedy}, or do without --dedup and "
             "a mix that says dedup."
         )
     if changed := changed_since(corpus, groups):
-        raise SetupError(
+        raise CopiesUnknownError(
             f"the duplicates in {corpus.place} were looked for before the catalog of {', '.join(changed)} "
             f"became what it is, so there may be images that were not compared. {remedy}, which looks again."
         )

@@ -40,7 +40,7 @@ class DataConfig(_Section):
     """Which images, and how much of each."""
 
     mix: Annotated[str, Field(min_length=1)]
-    """Which images are drawn how often: a mix that comes with PUMIT-data (all, no-benchmarks) or of the corpus."""
+    """Which images are drawn how often: all, no-benchmarks, or a mix of the corpus (`pumit-data mix list`)."""
     dedup: bool = False
     """Of images that show the same, draw one, whatever the mix says; needs `pumit-data duplicates`."""
     batch_size: Positive

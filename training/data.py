@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,14 +14,16 @@ import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
+from catalog.lock import lock_corpus, lock_text
 from catalog.mix import load_mix
-from catalog.query import catalog_fingerprint, dataset_ids, read_batches, remedy_of
+from catalog.query import catalog_digests, dataset_ids, read_batches, remedy_of, united_fingerprint
 from catalog.remote import open_corpus
 from catalog.sampling import CropGeometry, Reals
 from catalog.schema import CATALOG_SCHEMA
 from catalog.selection import Selection
-from catalog.split import split_fingerprint
+from catalog.split import split_fingerprints
 from catalog.store import Location
+from shards.layout import LAYOUT_VERSION
 from shards.read import ShardReader
 from training.config import RunConfig
 from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
@@ -44,6 +46,8 @@ class RunData:
     """`dataset/key` of the validation images -> modality."""
     fingerprints: dict[str, str]
     """What a resumed run must find unchanged."""
+    lock: str
+    """The corpus in hashes and counts, as `pumit-data lock` writes it."""
 
     def loader(self, config: RunConfig, first_step: int, world: World) -> BatchLoader:
         """The training batches from `first_step` (counted from 0) to the end of the run."""
@@ -53,8 +57,10 @@ class RunData:
         )
 
 
-def open_data(place: Location, config: RunConfig) -> RunData:
+def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | None] | None = None) -> RunData:
     """Plan the batches of a run and read its validation crops.
+
+    `licences` of datasets by id, as datasets.yaml states them, are told in the lock of the corpus.
 
     Raises SetupError if nothing is ingested, there is no such mix, or no training image is left.
     """
@@ -70,11 +76,19 @@ def open_data(place: Location, config: RunConfig) -> RunData:
     batches = ValidationPlanner(measured, shown, config.data.batch_size)
     reader = ShardReader(corpus.shards)
     columns = (measured[name].to_pylist() for name in ("dataset", "key", "modality"))
-    fingerprints = {
-        "split": split_fingerprint(corpus, corpus.datasets()),
-        "catalog": catalog_fingerprint(corpus),
-        **selection.fingerprints,
-    }
+    digests = catalog_digests(corpus)
+    split, splits = split_fingerprints(corpus, digests)
+    fingerprints = {"split": split, "catalog": united_fingerprint(digests), **selection.fingerprints}
+    lock = lock_corpus(
+        corpus,
+        config.data.mix,
+        mix,
+        selection,
+        shards_version=LAYOUT_VERSION,
+        licences=licences or {},
+        digests=digests,
+        splits=splits,
+    )
     if _files(corpus) != files:
         raise SetupError(
             f"the catalog below {corpus.root} changed while it was read: wait for the ingest, then start again"
@@ -86,6 +100,7 @@ def open_data(place: Location, config: RunConfig) -> RunData:
         validation_name="validation" if held_out else "training_images",
         modalities={f"{dataset}/{key}": modality for dataset, key, modality in zip(*columns, strict=True)},
         fingerprints=fingerprints,
+        lock=lock_text(lock),
     )
 
 

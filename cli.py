@@ -884,9 +884,8 @@ def _train(
     run: Path,
     resume: bool,
 ) -> None:
-    from training.config import load_preset
-
     from ingest.spec import load_specs
+    from training.config import load_preset
 
     config = load_preset(kind, preset, settings)  # a wrong setting is told before torch is loaded
     module = importlib.import_module(f"training.train_{kind}")

@@ -43,7 +43,8 @@ class Selection:
             copies = _superfluous(corpus)
             self._copies = _keys_by_dataset(copies)
             self.fingerprints["duplicates"] = fingerprint(copies)
-        self.columns = list(dict.fromkeys(["dataset", "key", *self._conditions.columns]))
+        needed = ["dataset", *(["key"] if self._copies else []), *self._conditions.columns]
+        self.columns = list(dict.fromkeys(needed))
 
     def leaves_out(self, dataset: str) -> bool:
         """Whether no image of a dataset is drawn, so that it need not be read."""

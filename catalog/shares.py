@@ -28,7 +28,7 @@ from catalog.selection import Selection
 CROP = CropGeometry(tokens_z=4, tokens_x=8)
 """Crops of the paper's tokenizer, for which shares of DA levels are told; other sizes move them a little."""
 
-_TEXTS = ("dataset", "status", "split", "modality", "subject")
+_TEXTS = ("dataset", "status", "split", "modality")
 _NUMBERS = ("dimension", "da_level", "sampling_weight", "shape_h", "shape_w")
 _SPACINGS = ("spacing_z", "spacing_y", "spacing_x")
 
@@ -124,7 +124,7 @@ def tally(corpus: Corpus, selection: Selection) -> Tally:
 
 
 def _training_rows(corpus: Corpus, dataset: str, selection: Selection) -> Iterator[pa.Table]:
-    columns = list(dict.fromkeys([*_TEXTS, *_NUMBERS, *_SPACINGS, *selection.columns]))
+    columns = list(dict.fromkeys([*_TEXTS, "subject", *_NUMBERS, *_SPACINGS, *selection.columns]))
     path, remedy = corpus.catalog_file(dataset), remedy_of(dataset)
     for table in read_batches(path, remedy, columns, schema=CATALOG_SCHEMA, dictionaries=_TEXTS):
         wanted = pc.and_(pc.equal(table["status"], "ingested"), pc.equal(table["split"], "train"))
@@ -164,7 +164,7 @@ def _counted(table: pa.Table, factors: Reals) -> tuple[dict[Labels, Cell], list[
             np.stack([masses[rows].sum(axis=0), factors[rows] @ masses[rows]]),
         )
     subjects = table["subject"].combine_chunks()
-    people = [pc.unique(subjects.filter(pa.array(row))).dictionary_decode() for row in drawn]
+    people = [pc.unique(subjects.filter(pa.array(row))) for row in drawn]
     return cells, people
 
 

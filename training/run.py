@@ -98,8 +98,8 @@ class Run:
         """Open `folder` for a new run, or with `resume` for one that was interrupted.
 
         `fingerprints` name what the run's result depends on besides its configuration (catalog, split,
-        tokenizer). `lock` says of which corpus the run is: it lies in the folder and in every checkpoint. Raises
-        SetupError when the folder is taken, or when anything changed since.
+        tokenizer). `lock` says of which corpus the run is: it lies in the folder and in every checkpoint.
+        Raises SetupError when the folder is taken, or when anything changed since.
         """
         self.folder = folder
         self.config = config

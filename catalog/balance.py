@@ -43,8 +43,8 @@ def parse_target(text: str) -> Target:
             raise SetupError(f"--balance {text!r}: {part.strip()!r} is no value=share; {_EXAMPLE}.") from None
         if not equals or not name or not 0 <= share <= 1:
             raise SetupError(f"--balance {text!r}: {part.strip()!r}: a share is 0 to 1; {_EXAMPLE}.")
-        if value in shares:
-            raise SetupError(f"--balance {text!r}: {name} has two shares. Give one.")
+        if twice := [other for other in shares if _within(value, other) or _within(other, value)]:
+            raise SetupError(f"--balance {text!r}: {name} has two shares, or one within {twice[0]}. Give one.")
         shares[value] = share
     if (total := sum(shares.values())) > 1 + 1e-9:
         raise SetupError(f"--balance {text!r}: the shares add up to {total:g}, more than 1.")

@@ -6,6 +6,7 @@ chance: an image's answer is the same whoever asks, and how many rows come with 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def _columns_of(connection: Any, condition: str, known: dict[str, str]) -> set[s
     if tree != plain:
         raise SetupError(f"this is more than a condition, such as {EXAMPLE}.")
     columns = set()
-    consistent = _consistent_functions(connection)
+    consistent = _consistent_functions()
     for node in _nodes(where):
         kind = node.get("class")
         if kind is not None and kind not in _ROW_BY_ROW:
@@ -115,12 +116,14 @@ def _columns_of(connection: Any, condition: str, known: dict[str, str]) -> set[s
     return columns
 
 
-def _consistent_functions(connection: Any) -> set[str]:
+@functools.cache
+def _consistent_functions() -> frozenset[str]:
+    connection = sandbox(CATALOG_SCHEMA.empty_table())
     functions = connection.execute(
         "SELECT lower(function_name) FROM duckdb_functions() GROUP BY 1 "
         "HAVING bool_and(function_type = 'scalar' AND stability = 'CONSISTENT')"
     ).fetchall()
-    return {name for (name,) in functions} - _UNSTABLE
+    return frozenset(name for (name,) in functions) - _UNSTABLE
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

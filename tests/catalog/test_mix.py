@@ -199,7 +199,7 @@ def test_a_condition_looks_at_one_row_and_nothing_else(condition: str, message: 
     with pytest.raises(SetupError, match=message) as raised:
         Conditions([condition])
     assert condition in str(raised.value)
-    with pytest.raises(SetupError, match="mine.yaml: condition"):
+    with pytest.raises(SetupError, match=r"mine\.yaml: condition"):
         make_mix({"where": condition}, "mine.yaml")
 
 

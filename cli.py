@@ -23,7 +23,9 @@ from catalog.errors import SetupError
 from catalog.store import Location, folder, location
 
 if TYPE_CHECKING:
+    from catalog.corpus import Corpus
     from catalog.doctor.examine import Diagnosis
+    from catalog.mix import Mix
     from ingest.estimate import Estimate
     from ingest.findings import Finding, Verification
     from ingest.outline import RawFolder
@@ -44,6 +46,8 @@ data = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+mix = typer.Typer(help="Name which images training draws, and how often.", no_args_is_help=True)
+data.add_typer(mix, name="mix")
 train = typer.Typer(
     name="pumit-train",
     help="Pre-train the tokenizer and the ViT on a prepared corpus.",
@@ -704,6 +708,175 @@ def query(
         _print(formats.printable(result))
 
 
+MixName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the mix.")]
+
+
+@mix.command("list")
+def list_mixes(data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """List the mixes that come with PUMIT-data, and those of the corpus."""
+    from catalog.mix import load_mix, mix_names
+    from catalog.mix_tables import list_as_json, list_table
+    from catalog.remote import open_corpus
+
+    corpus = open_corpus(data_dir)
+    mixes = {name: load_mix(corpus, name) for name in mix_names(corpus)}
+    _print_json(list_as_json(mixes)) if as_json else _print(list_table(mixes))
+
+
+@mix.command("show")
+def show_mix(name: MixName, data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """Show a mix, and how often training draws what without it and with it."""
+    from catalog.mix import load_mix
+    from catalog.remote import open_corpus
+
+    corpus = open_corpus(data_dir)
+    _show_mix(corpus, name, load_mix(corpus, name), as_json)
+
+
+@mix.command("write")
+def write_mix(
+    name: MixName,
+    data_dir: DataOption = Path("data"),
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SQL",
+            help="Only images for which this holds, such as \"modality <> 'US'\".",
+            show_default=False,
+        ),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="A dataset to leave out; may be repeated.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            metavar="SQL=FACTOR",
+            help="Factor on the weight of images, such as \"modality = 'CT' = 0.5\"; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help='Factors that give these shares of draws: "modality: CT=0.4, MRI=0.4, XR=0.2".',
+            show_default=False,
+        ),
+    ] = None,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Of images that show the same, draw only one.")
+    ] = False,
+    description: Annotated[str | None, typer.Option(help="What it is for.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the mix of this name.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a mix into the corpus, where trainers take it by its name, and show what it does.
+
+    --balance takes a target for modality, dataset, dimension or da_level, and comes on top of the rest. MRI
+    means all its sequences; values that are not named share what is left as they did.
+    """
+    from catalog.balance import balancing, parse_target
+    from catalog.mix import checked_name, make_mix, parse_weight
+    from catalog.mix import write_mix as put_mix
+    from catalog.remote import open_corpus
+    from catalog.selection import Selection
+    from catalog.shares import tally
+
+    corpus = open_corpus(data_dir)
+    fields = {
+        "description": description,
+        "where": where,
+        "leave_out": leave_out or [],
+        "weights": [parse_weight(text) for text in weights or ()],
+        "dedup": dedup,
+    }
+    wanted = make_mix(fields, f"mix {checked_name(name)}")
+    if balance is not None:
+        rule = balancing(tally(corpus, Selection(corpus, wanted)), parse_target(balance))
+        wanted = wanted.model_copy(update={"weights": (*wanted.weights, rule)})
+    put_mix(corpus, name, wanted, force=force)
+    _show_mix(corpus, name, wanted, as_json)
+
+
+@data.command()
+def lock(
+    data_dir: DataOption = Path("data"),
+    raw: RawPlaceOption = Path("raw"),
+    mix_name: Annotated[str, typer.Option("--mix", help="The mix to lock with the corpus.")] = "all",
+    output: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the lock goes.")] = Path(
+        "corpus.lock"
+    ),
+    check_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", metavar="FILE", help="Compare the corpus with this lock instead.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one file that says which corpus this is, or compare a corpus with such a file.
+
+    It holds hashes and counts of sources, voxels, exclusions, split, weights and mix. Checkpoints hold one.
+    With --check, exit code 1 if anything differs. --raw is where your own entries say their licence.
+    """
+    from catalog.durable import replacing
+    from catalog.lock import check_lock, lock_corpus, lock_text, read_lock
+    from catalog.mix import load_mix
+    from catalog.remote import open_corpus
+    from catalog.selection import Selection
+    from ingest.outline import raw_folder
+    from ingest.spec import load_specs
+    from shards.layout import LAYOUT_VERSION
+
+    corpus = open_corpus(data_dir)
+    if check_file is not None:
+        with _reading(check_file):
+            locked = read_lock(check_file.read_text(encoding="utf-8"), str(check_file))
+        found = check_lock(corpus, locked, LAYOUT_VERSION)
+        if as_json:
+            _print_json({"same": not found, "differences": [one._asdict() for one in found]})
+        elif found:
+            _print("\n".join(": ".join(filter(None, (one.dataset, one.text))) for one in found))
+            _print(f"{corpus.place} is not the corpus of {check_file}.")
+        else:
+            _print(f"{corpus.place} is the corpus of {check_file}, fingerprint {locked['fingerprint'][:12]}.")
+        if found:
+            raise typer.Exit(SOME_FAILED)
+        return
+    with raw_folder(raw) as own:
+        licences = {name: spec.licence for name, spec in load_specs(raw=own.folder).items()}
+    wanted = load_mix(corpus, mix_name)
+    locked = lock_corpus(
+        corpus,
+        mix_name,
+        wanted,
+        Selection(corpus, wanted),
+        shards_version=LAYOUT_VERSION,
+        licences=licences,
+    )
+    with _writing(output), replacing(output) as temporary:
+        temporary.write_text(lock_text(locked), encoding="utf-8")
+    if as_json:
+        _print_json(locked)
+    else:
+        _print(f"Lock: {output}, fingerprint {locked['fingerprint'][:12]}.")
+
+
+def _show_mix(corpus: Corpus, name: str, wanted: Mix, as_json: bool) -> None:
+    from catalog.mix_tables import mix_as_json, render_mix
+    from catalog.selection import Selection
+    from catalog.shares import tally
+
+    counted = tally(corpus, Selection(corpus, wanted))
+    if as_json:
+        _print_json(mix_as_json(name, wanted, counted))
+    else:
+        render_mix(name, wanted, counted, _console())
+
+
 @data.command()
 def inspect(
     place: Annotated[
@@ -847,6 +1020,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.", show_default=False),
 ]
+MixOption = Annotated[
+    str | None,
+    typer.Option("--mix", metavar="NAME", help="Which images are drawn, and how often.", show_default=False),
+]
+DedupOption = Annotated[
+    bool, typer.Option("--dedup", help="Of images that show the same, draw only one; see `duplicates`.")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
 
 
@@ -855,11 +1035,13 @@ def tokenizer(
     run: RunOption,
     preset: PresetOption = "tiny",
     data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    dedup: DedupOption = False,
     settings: SetOption = None,
     resume: ResumeOption = False,
 ) -> None:
     """Train the visual tokenizer (spatially adaptive convolutions, soft codebook)."""
-    _train("tokenizer", preset, settings, data_dir, run, resume)
+    _train("tokenizer", preset, [*(settings or ()), *_drawn_from(mix_name, dedup)], data_dir, run, resume)
 
 
 @train.command()
@@ -871,29 +1053,39 @@ def mim(
     ] = None,
     preset: PresetOption = "tiny",
     data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    dedup: DedupOption = False,
     settings: SetOption = None,
     resume: ResumeOption = False,
 ) -> None:
     """Train the ViT by masked image modelling against a trained tokenizer."""
-    overrides = list(settings or [])
+    overrides = [*(settings or ()), *_drawn_from(mix_name, dedup)]
     if tokenizer_run is not None:
         overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
     _train("mim", preset, overrides, data_dir, run, resume)
 
 
+def _drawn_from(mix_name: str | None, dedup: bool) -> list[str]:
+    """--mix and --dedup as settings; the name is quoted, for the value is read as YAML."""
+    named = [] if mix_name is None else [f"data.mix={json.dumps(mix_name)}"]
+    return named + ["data.dedup=true"] * dedup
+
+
 def _train(
     kind: Literal["tokenizer", "mim"],
     preset: str,
-    settings: list[str] | None,
+    settings: list[str],
     data_dir: Location,
     run: Path,
     resume: bool,
 ) -> None:
+    from ingest.spec import load_specs
     from training.config import load_preset
 
-    config = load_preset(kind, preset, settings or [])  # a wrong setting is told before torch is loaded
+    config = load_preset(kind, preset, settings)  # a wrong setting is told before torch is loaded
     module = importlib.import_module(f"training.train_{kind}")
-    summary = module.train(config, data_dir, run, resume=resume)
+    licences = {name: spec.licence for name, spec in load_specs().items()}
+    summary = module.train(config, data_dir, run, resume=resume, licences=licences)
     _print(
         f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
         f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
@@ -985,6 +1177,16 @@ def _byte_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
             bars.update(bar, completed=done, total=None if total is None else max(done, total))
 
         yield show
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn an error on a text file that the user named into one line."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise SetupError(f"{path} cannot be read: {what}. Name another file.") from error
 
 
 @contextmanager

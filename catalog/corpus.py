@@ -76,6 +76,9 @@ class Corpus:
         """What `pumit-data duplicates` found; it can be made anew from the catalog at any time."""
         return self.root / "catalog" / "duplicates.parquet"
 
+    def mix_file(self, name: str) -> Path:
+        return self.root / "mixes" / f"{name}.yaml"
+
     def datasets(self) -> list[str]:
         """Ids of the datasets that have a catalog file, sorted."""
         found = (self.root / "catalog").glob("dataset=*/images.parquet")

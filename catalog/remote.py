@@ -23,7 +23,7 @@ from catalog.errors import SetupError
 from catalog.index import read_index
 from catalog.store import Location, RemotePath, StoreError
 
-MIRRORED = ("catalog", "splits")
+MIRRORED = ("catalog", "splits", "mixes")
 """Folders of a corpus that are copied."""
 
 _ETAGS_FILE = ".etags.json"

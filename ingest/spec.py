@@ -236,7 +236,8 @@ class DatasetSpec(Declared):
     """Names of files and folders may identify people: key, subject and path enter catalog, shards and logs as
     keyed ids. A user's own entry has it unless it says false."""
     left_out: Text | None = None
-    """Why `--all` and the default mix leave this dataset out; it can still be asked for by name."""
+    """Why `--all` leaves this dataset out; it can still be asked for by name. The mixes that come with
+    PUMIT-data leave out those of the entries that come with it."""
     published: Published = Published()
     notes: tuple[Text, ...] = ()
     """What a user should know of the dataset that no other field says."""

@@ -39,6 +39,9 @@ VERSION = "1"
 _MODELS: dict[str, tuple[type[UniversalViT], type[ViTConfig]] | tuple[type[MaskedImageModel], type[MIMConfig]]]
 _MODELS = {"vit": (UniversalViT, ViTConfig), "mim": (MaskedImageModel, MIMConfig)}
 
+_LOCK = "corpus_lock"
+"""Name of the lock in the metadata of an export."""
+
 _VIT = "vit."
 _CLASS = "vit.class_token"
 _POSITIONS = "vit.position_table"
@@ -192,8 +195,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def export_model(model: UniversalViT | MaskedImageModel, path: Path) -> None:
+def export_model(model: UniversalViT | MaskedImageModel, path: Path, lock: str | None = None) -> None:
     """Write weights and configuration of `model` into one safetensors file, whole or not at all.
+
+    `lock`, the content of the checkpoint's corpus.lock, travels in the file; `lock_of_export` gives it back.
 
     `import_model` builds the same model from it, `load_weights` fills another one. Raises SetupError where
     the folder does not exist.
@@ -202,6 +207,8 @@ def export_model(model: UniversalViT | MaskedImageModel, path: Path) -> None:
         raise SetupError(f"cannot write {path}: there is no folder {path.parent}")
     kind = "vit" if isinstance(model, UniversalViT) else "mim"
     metadata = {"pumit_version": VERSION, "model": kind, "config": model.config.model_dump_json()}
+    if lock is not None:
+        metadata[_LOCK] = lock
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         partial = Path(folder) / path.name
@@ -211,18 +218,20 @@ def export_model(model: UniversalViT | MaskedImageModel, path: Path) -> None:
         partial.replace(path)
 
 
+def lock_of_export(path: Path) -> str | None:
+    """The lock of the corpus that an exported model was trained on; None where it was exported without.
+
+    Raises SetupError where the file cannot be read.
+    """
+    return _metadata(path).get(_LOCK)
+
+
 def import_model(path: Path) -> UniversalViT | MaskedImageModel:
     """The model that `export_model` wrote, on the CPU, in float32.
 
     Raises SetupError where the file is not such an export, not whole, or of another version.
     """
-    if not path.is_file():
-        raise SetupError(f"there is no weight file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise SetupError(f"{path} is not a readable safetensors file: {error}") from error
+    metadata = _metadata(path)
     if metadata.get("pumit_version") != VERSION or metadata.get("model") not in _MODELS:
         raise SetupError(
             f"{path} was not written by `pumit-train export` of this version, so its configuration is unknown. "
@@ -238,6 +247,16 @@ def import_model(path: Path) -> UniversalViT | MaskedImageModel:
     if report.missing:
         raise SetupError(f"{path} lacks {_some(report.missing)}. Export the model again.")
     return model
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise SetupError(f"there is no weight file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise SetupError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def inflate_patch_kernel(kernel_OIhw: Tensor, patch: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 import cli
 from catalog.errors import SetupError
+from catalog.mix import Mix, load_mix, write_mix
 from catalog.query import load_catalog
 from catalog.remote import open_corpus, whole_copy
 from catalog.store import RemotePath, StoreError, location
@@ -227,3 +229,18 @@ def test_commands(corpus: RemotePath, tmp_path: Path) -> None:
     assert dead.returncode == cli.WRONG_CALL
     assert dead.stderr.startswith(f"error: {corpus}")
     assert dead.stderr.count("\n") == 1
+
+
+def test_a_mix_in_a_store_is_written_once_and_taken_by_name(corpus: RemotePath) -> None:
+    opened = open_corpus(corpus)
+    write_mix(opened, "mine", Mix(where="modality = 'CT'"))
+    for one in (opened, open_corpus(corpus)):  # the first has not seen it yet
+        with pytest.raises(SetupError, match="--force replaces it"):
+            write_mix(one, "mine", Mix())
+    shown = run("pumit-data", "mix", "show", "mine", "--data", str(corpus), "--json")
+    assert shown.returncode == 0, shown.stderr
+    told = json.loads(shown.stdout)
+    assert told["where"] == "modality = 'CT'"
+    assert told["images"]["after"] < told["images"]["before"]
+    write_mix(opened, "mine", Mix(), force=True)
+    assert load_mix(open_corpus(corpus), "mine") == Mix()

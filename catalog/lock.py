@@ -11,7 +11,7 @@
         entry: [<sha256>]                      # of the fields of datasets.yaml that shape the result
         catalog: <sha256>                      # of all values of the ingested images
         sources: <sha256>                      # of the sha256 of the files that they were made of
-        voxels: <sha256>                       # of the sha256 of their shards
+        voxels: <sha256>                       # of the sha256 of their shards; `repack` changes it alone
         weights: <sha256>                      # of their sampling weights
         left_out: <sha256>                     # of the images that were not ingested, and why
         split: <sha256>                        # of the subjects held out
@@ -46,7 +46,7 @@ LOCK_FILE = "corpus.lock"
 _HASHED = {
     "entry": "its entry in datasets.yaml",
     "sources": "the files it was made of",
-    "voxels": "the bytes of the shards (a `repack` changes them alone, and no voxel)",
+    "voxels": "the files that hold its voxels",
     "weights": "sampling weights",
     "split": "who is held out for validation",
 }

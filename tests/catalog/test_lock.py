@@ -109,7 +109,7 @@ def other_excluded(corpus: Corpus) -> None:
                 ("ixi", "images", "36 images were ingested, now 35"),
                 ("ixi", "excluded", "excluded or failed: unreadable was 0, is 1"),
                 ("ixi", "sources", "the files it was made of changed"),
-                ("ixi", "voxels", "the stored voxels changed"),
+                ("ixi", "voxels", "the files that hold its voxels changed"),
                 ("ixi", "weights", "sampling weights changed"),
             ],
         ),
@@ -126,7 +126,10 @@ def other_excluded(corpus: Corpus) -> None:
         ),
         (change("ixi", "001", sampling_weight=9.0), [("ixi", "weights", "sampling weights changed")]),
         (change("ixi", "001", source_hash="f" * 64), [("ixi", "sources", "the files it was made of changed")]),
-        (change("ixi", "001", shard_sha256="f" * 64), [("ixi", "voxels", "the stored voxels changed")]),
+        (
+            change("ixi", "001", shard_sha256="f" * 64),
+            [("ixi", "voxels", "the files that hold its voxels changed")],
+        ),
         (
             change("ixi", "001", spacing_z=7.0),
             [("ixi", "catalog", "what the catalog says of its images changed")],

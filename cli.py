@@ -23,9 +23,13 @@ from catalog.errors import SetupError
 from catalog.store import Location, folder, location
 
 if TYPE_CHECKING:
+    from catalog.corpus import Corpus
+    from catalog.doctor.examine import Diagnosis
+    from catalog.mix import Mix
     from ingest.estimate import Estimate
     from ingest.findings import Finding, Verification
     from ingest.outline import RawFolder
+    from ingest.overrides import Override
     from ingest.run import IngestPlan, IngestReport
     from ingest.spec import DatasetSpec
     from ingest.task import Outcomes
@@ -42,6 +46,8 @@ data = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+mix = typer.Typer(help="Name which images training draws, and how often.", no_args_is_help=True)
+data.add_typer(mix, name="mix")
 train = typer.Typer(
     name="pumit-train",
     help="Pre-train the tokenizer and the ViT on a prepared corpus.",
@@ -67,7 +73,7 @@ DataOption = Annotated[
         envvar="PUMIT_DATA",
         parser=location,
         metavar="FOLDER|URL",
-        help="The prepared corpus: a folder, or s3://BUCKET/PREFIX.",
+        help="The prepared corpus: a folder, or a URL (s3, gs, az; to read, also https).",
     ),
 ]
 RawPlaceOption = Annotated[
@@ -77,7 +83,7 @@ RawPlaceOption = Annotated[
         envvar="PUMIT_RAW",
         parser=location,
         metavar="FOLDER|URL",
-        help="Holds one folder per dataset: a folder, or s3://BUCKET/PREFIX.",
+        help="Holds one folder per dataset: a folder, or a URL (s3, gs, az).",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -138,18 +144,23 @@ def check(
     datasets: Annotated[
         list[str], typer.Argument(metavar="ID...", help="Ids as `pumit-data list` shows them.")
     ],
-    raw: RawOption = Path("raw"),
+    raw_place: RawPlaceOption = Path("raw"),
     as_json: JsonOption = False,
 ) -> None:
-    """Compare folders on disk with what ingest expects, before it runs for hours.
+    """Compare folders with what ingest expects, before it runs for hours.
 
     Ends with 2 if something must be fixed: ingest would stop, or pass over
     images that are there. What is missing or too much is a warning.
     """
     from ingest.check import check_dataset, render
+    from ingest.outline import raw_folder
     from ingest.spec import get_spec
 
-    checks = [check_dataset(get_spec(name, raw), raw) for name in dict.fromkeys(datasets)]
+    with raw_folder(raw_place) as raw:
+        specs = [get_spec(name, raw.folder) for name in dict.fromkeys(datasets)]
+        for spec in specs:
+            raw.outline(spec)
+        checks = [check_dataset(spec, raw.folder, raw.origin) for spec in specs]
     if as_json:
         _print_json([checked.as_json() for checked in checks])
     else:
@@ -168,7 +179,7 @@ def plan(
     everything: Annotated[
         bool, typer.Option("--all", help="All datasets but those that the default mix leaves out.")
     ] = False,
-    raw: RawOption = Path("raw"),
+    raw_place: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     as_json: JsonOption = False,
 ) -> None:
@@ -176,19 +187,32 @@ def plan(
 
     Figures are what is on disk, in the catalog or published; what nobody tells is shown as unknown.
     """
+    from contextlib import ExitStack
+
     from catalog.remote import open_corpus
     from ingest.forecast import Speeds, forecast
     from ingest.forecast import as_json as forecasts_as_json
     from ingest.forecast_report import render
+    from ingest.outline import raw_folder
+    from ingest.remote import working_copy
     from ingest.spec import get_spec, load_specs
 
     if bool(datasets) == everything:
         raise SetupError("Name datasets, or ask for all of them with --all; see `pumit-data list`.")
-    specs = [get_spec(name, raw) for name in dict.fromkeys(datasets or ())]
-    if everything:
-        specs = [spec for spec in load_specs(raw=raw).values() if spec.left_out is None]
-    corpus, speeds = open_corpus(data_dir), Speeds()
-    forecasts = [forecast(spec, raw, corpus, speeds) for spec in specs]
+    with ExitStack() as stack:
+        raw = stack.enter_context(raw_folder(raw_place))
+        specs = [get_spec(name, raw.folder) for name in dict.fromkeys(datasets or ())]
+        if everything:
+            specs = [spec for spec in load_specs(raw=raw.folder).values() if spec.left_out is None]
+        for spec in specs:
+            raw.outline(spec)
+        if isinstance(data_dir, Path) or data_dir.is_web:
+            corpus = open_corpus(data_dir)
+        else:  # what has been done is in the journal, which is no part of a corpus that is only read
+            ids = [spec.id for spec in specs]
+            corpus = stack.enter_context(working_copy(data_dir, ids, write=False))
+        speeds = Speeds()
+        forecasts = [forecast(spec, raw.folder, corpus, speeds) for spec in specs]
     _print_json(forecasts_as_json(forecasts, speeds)) if as_json else render(forecasts, speeds, _console())
 
 
@@ -270,6 +294,14 @@ def ingest(
             show_default=False,
         ),
     ] = None,
+    lossless: Annotated[
+        bool | None,
+        typer.Option(
+            "--lossless/--no-lossless",
+            help="Keep true floats as they are, not in 16-bit steps; by default as the dataset's last ingest.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -278,10 +310,11 @@ def ingest(
 
     from ingest.names import name_key
     from ingest.outline import raw_folder
+    from ingest.overrides import load_overrides, overrides_file
     from ingest.remote import working_copy
     from ingest.report import plans_as_json, render_plans, render_reports, reports_as_json
     from ingest.run import plan_ingest
-    from ingest.spec import get_spec
+    from ingest.spec import get_spec, load_specs
 
     if all_datasets == bool(datasets):
         raise SetupError("say which datasets: either ids, as `pumit-data list` shows them, or --all.")
@@ -292,12 +325,15 @@ def ingest(
             if all_datasets
             else [get_spec(name, raw.folder) for name in dict.fromkeys(datasets or ())]
         )
+        load_overrides(overrides_file(raw.folder), load_specs(raw=raw.folder))  # before anything is done
         for spec in specs:
             raw.outline(spec)
         corpus = stack.enter_context(working_copy(data_dir, [spec.id for spec in specs], write=not dry_run))
         private = any(spec.private_names for spec in specs)
         names = name_key(corpus, names_key, keep=not dry_run) if private else None
-        plans = [plan_ingest(spec, raw.folder, corpus, only, limit, names, raw.origin) for spec in specs]
+        plans = [
+            plan_ingest(spec, raw.folder, corpus, only, limit, names, raw.origin, lossless) for spec in specs
+        ]
         if dry_run:
             estimates = _estimates(plans, corpus, workers)
             if as_json:
@@ -319,7 +355,7 @@ def verify(
     datasets: Annotated[
         list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
     ] = None,
-    raw: RawPlaceOption = Path("raw"),
+    raw_place: RawPlaceOption = Path("raw"),
     data_dir: DataOption = Path("data"),
     deep: Annotated[
         bool, typer.Option("--deep", help="Also decode all voxels and compute their statistics anew.")
@@ -337,42 +373,89 @@ def verify(
 
     The raw folder is needed for --repair, and for entries of your own in its datasets.yaml.
     """
-    from catalog.corpus import Corpus
     from catalog.remote import whole_copy
     from ingest.findings import render_verification, verification_as_json
     from ingest.outline import raw_folder
+    from ingest.overrides import load_overrides, overrides_file
+    from ingest.remote import working_copy
     from ingest.repair import repair as mend
     from ingest.spec import load_specs
     from ingest.verify import verify as read_back
 
-    if repair and not (isinstance(data_dir, Path) and isinstance(raw, Path)):
-        raise SetupError(
-            f"{data_dir}, {raw}: only a corpus in a folder is repaired, from a folder. Elsewhere, delete the "
-            "damaged objects and ingest again, which makes them anew."
-        )
-    with raw_folder(raw) as own:
-        specs = load_specs(raw=own.folder)
-
     def checked(chosen: list[str] | None) -> Verification:
         with whole_copy(data_dir) as corpus, _byte_bar("verify") as progress:
-            return read_back(corpus, specs, chosen, deep=deep, workers=workers, progress=progress)
+            return read_back(
+                corpus, specs, chosen, overrides=overrides, deep=deep, workers=workers, progress=progress
+            )
 
-    outcome = checked(datasets or None)
     repaired: list[Finding] = []
     problems: list[str] = []
-    if repair and outcome.findings:
-        corpus = Corpus(data_dir)
-        problems = mend(
-            corpus, specs, raw, outcome, workers, lambda plans: _run_plans(plans, corpus, workers, None)
-        )
-        outcome, repaired = outcome.after_repair(checked)
-        outcome.notes += problems
+    with raw_folder(raw_place) as raw:
+        specs = load_specs(raw=raw.folder)
+        overrides = load_overrides(overrides_file(raw.folder), specs) if raw.folder.is_dir() else None
+        outcome = checked(datasets or None)
+        if repair and outcome.findings:
+            hurt = {finding.dataset for finding in outcome.findings if finding.dataset}
+            with working_copy(data_dir, hurt, write=True, whole=True) as corpus:
+                problems = mend(
+                    corpus, specs, raw, outcome, workers, lambda plans: _run_plans(plans, corpus, workers, None)
+                )
+            outcome, repaired = outcome.after_repair(checked)
+            outcome.notes += problems
     if as_json:
         _print_json(verification_as_json(outcome, repaired))
     else:
         render_verification(outcome, repaired, _console())
     if outcome.findings or problems:
         raise typer.Exit(SOME_FAILED)
+
+
+@data.command()
+def repack(
+    profile: Annotated[
+        Literal["fast", "train", "small"],
+        typer.Option(help="fast: quick to write. train: quickest to read. small: least disk."),
+    ],
+    datasets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID...]", help="Only these datasets.", show_default=False),
+    ] = None,
+    data_dir: DataOption = Path("data"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one per core.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be saved, judged by a sample, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Store the voxels of ingested datasets with another codec; not one of them changes.
+
+    Repeat the call to go on after an interruption. The old arrays stay until all new ones of a dataset are
+    there. Trainings that go on meanwhile then stop, and go on with --resume.
+    """
+    from dataclasses import asdict
+
+    from catalog.query import dataset_ids
+    from catalog.remote import open_corpus
+    from ingest.remote import working_copy
+    from ingest.repack import estimate_repack, repack_dataset
+    from ingest.repack_report import render_estimates, render_repacks
+
+    ids = dataset_ids(open_corpus(data_dir), datasets or None)
+    with working_copy(data_dir, ids, write=not dry_run) as corpus:
+        if dry_run:
+            estimates = [estimate_repack(corpus, dataset, profile) for dataset in ids]
+            if as_json:
+                _print_json([asdict(estimate) for estimate in estimates])
+            else:
+                render_estimates(estimates, _console())
+            return
+        reports = []
+        for dataset in ids:
+            with _byte_bar(dataset) as progress:
+                reports.append(repack_dataset(corpus, dataset, profile, workers, progress))
+    _print_json([asdict(report) for report in reports]) if as_json else render_repacks(reports, _console())
 
 
 @data.command()
@@ -486,6 +569,112 @@ def report(
 
 
 @data.command()
+def doctor(
+    datasets: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Only these datasets.", show_default=False)
+    ] = None,
+    data_dir: DataOption = Path("data"),
+    code: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Only this finding; may be repeated.", show_default=False),
+    ] = None,
+    severity: Annotated[
+        Literal["error", "warning", "note"], typer.Option(help="Only findings that are at least so severe.")
+    ] = "note",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Also write a page with pictures.", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODE[:ID]",
+            help="Leave out the images of this finding, with --write-overrides; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    write_overrides: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append them to this file: RAW/overrides.yaml.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    as_csv: CsvOption = False,
+) -> None:
+    """Tell which images look wrong by their numbers: outliers, suspicious axes, modalities and intensities.
+
+    Nothing but the catalog and a few previews is read. A finding is no proof and no failure: the exit code is
+    0. docs/doctor.md lists the codes.
+    """
+    from catalog.doctor.codes import check_codes
+    from catalog.doctor.examine import diagnose
+    from catalog.doctor.show import as_json as diagnosis_as_json
+    from catalog.doctor.show import render, write_csv
+    from catalog.remote import open_corpus
+
+    _one_format({"--csv": as_csv, "--json": as_json})
+    if bool(exclude) != (write_overrides is not None):
+        raise SetupError("--exclude says what to leave out and --write-overrides where: give both, or neither.")
+    check_codes(code or ())
+    corpus = open_corpus(data_dir)
+    found = diagnose(corpus, datasets or None)
+    proposals = _proposed(found, exclude or [], corpus.datasets())
+    shown = found.chosen(code, severity)
+    if as_json:
+        _print_json(diagnosis_as_json(shown))
+    elif as_csv:
+        write_csv(shown, sys.stdout)
+    else:
+        render(shown, _console())
+    console = _console(stderr=as_json or as_csv)
+    if out is not None:
+        from rich.filesize import decimal
+
+        from catalog.doctor.sheet import write_sheet
+
+        with _writing(out):
+            size = write_sheet(corpus, shown, out)
+        console.print(f"Pictures: {out} ({decimal(size)})", markup=False)
+    if write_overrides is not None:
+        from ingest.overrides import append_overrides
+
+        with _writing(write_overrides):
+            new, present = append_overrides(write_overrides, proposals)
+        known = f" ({present} stood there already)" if present else ""
+        console.print(
+            f"{write_overrides}: {new} images to leave out{known}. Look at it, then ingest.", markup=False
+        )
+
+
+def _proposed(found: Diagnosis, exclude: list[str], known: list[str]) -> list[tuple[Override, str]]:
+    """The entries of overrides.yaml for what --exclude asks for, each with its comment."""
+    from catalog.doctor.codes import CODES, check_codes
+    from ingest.overrides import Override
+
+    proposals = []
+    for asked in exclude:
+        code, _, dataset = asked.partition(":")
+        check_codes([code])
+        if dataset and dataset not in known:
+            raise SetupError(
+                f"--exclude {asked}: the corpus has no dataset {dataset!r}, only {', '.join(known)}."
+            )
+        for finding in found.findings:
+            if finding.code != code or dataset not in ("", finding.dataset):
+                continue
+            if finding.images > len(finding.suspects) > 0:
+                raise SetupError(
+                    f"--exclude {asked}: {finding.images:,} images of {finding.dataset} have it, more than are "
+                    "told by key. Leave them out with a `glob` in overrides.yaml, or in the dataset's entry."
+                )
+            for suspect in finding.suspects:
+                usual = f" (usual: {suspect.usual})" if suspect.usual else ""
+                reason = f"{CODES[code].title}: {suspect.value}"
+                entry = Override(dataset=finding.dataset, key=suspect.key, reason=reason, finding=code)
+                proposals.append((entry, f"{finding.severity}: {reason}{usual}. {CODES[code].advice}"))
+    return proposals
+
+
+@data.command()
 def query(
     sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the table `images`.")],
     data_dir: DataOption = Path("data"),
@@ -519,9 +708,183 @@ def query(
         _print(formats.printable(result))
 
 
+MixName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the mix.")]
+
+
+@mix.command("list")
+def list_mixes(data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """List the mixes that come with PUMIT-data, and those of the corpus."""
+    from catalog.mix import load_mix, mix_names
+    from catalog.mix_tables import list_as_json, list_table
+    from catalog.remote import open_corpus
+
+    corpus = open_corpus(data_dir)
+    mixes = {name: load_mix(corpus, name) for name in mix_names(corpus)}
+    _print_json(list_as_json(mixes)) if as_json else _print(list_table(mixes))
+
+
+@mix.command("show")
+def show_mix(name: MixName, data_dir: DataOption = Path("data"), as_json: JsonOption = False) -> None:
+    """Show a mix, and how often training draws what without it and with it."""
+    from catalog.mix import load_mix
+    from catalog.remote import open_corpus
+
+    corpus = open_corpus(data_dir)
+    _show_mix(corpus, name, load_mix(corpus, name), as_json)
+
+
+@mix.command("write")
+def write_mix(
+    name: MixName,
+    data_dir: DataOption = Path("data"),
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SQL",
+            help="Only images for which this holds, such as \"modality <> 'US'\".",
+            show_default=False,
+        ),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="A dataset to leave out; may be repeated.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            metavar="SQL=FACTOR",
+            help="Factor on the weight of images, such as \"modality = 'CT' = 0.5\"; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help='Factors that give these shares of draws: "modality: CT=0.4, MRI=0.4, XR=0.2".',
+            show_default=False,
+        ),
+    ] = None,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Of images that show the same, draw only one.")
+    ] = False,
+    description: Annotated[str | None, typer.Option(help="What it is for.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the mix of this name.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a mix into the corpus, where trainers take it by its name, and show what it does.
+
+    --balance takes a target for modality, dataset, dimension or da_level, and comes on top of the rest. MRI
+    means all its sequences; values that are not named share what is left as they did.
+    """
+    from catalog.balance import balancing, parse_target
+    from catalog.mix import checked_name, make_mix, parse_weight
+    from catalog.mix import write_mix as put_mix
+    from catalog.remote import open_corpus
+    from catalog.selection import Selection
+    from catalog.shares import tally
+
+    corpus = open_corpus(data_dir)
+    fields = {
+        "description": description,
+        "where": where,
+        "leave_out": leave_out or [],
+        "weights": [parse_weight(text) for text in weights or ()],
+        "dedup": dedup,
+    }
+    wanted = make_mix(fields, f"mix {checked_name(name)}")
+    if balance is not None:
+        rule = balancing(tally(corpus, Selection(corpus, wanted)), parse_target(balance))
+        wanted = wanted.model_copy(update={"weights": (*wanted.weights, rule)})
+    put_mix(corpus, name, wanted, force=force)
+    _show_mix(corpus, name, wanted, as_json)
+
+
+@data.command()
+def lock(
+    data_dir: DataOption = Path("data"),
+    raw: RawPlaceOption = Path("raw"),
+    mix_name: Annotated[str, typer.Option("--mix", help="The mix to lock with the corpus.")] = "all",
+    output: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the lock goes.")] = Path(
+        "corpus.lock"
+    ),
+    check_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", metavar="FILE", help="Compare the corpus with this lock instead.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one file that says which corpus this is, or compare a corpus with such a file.
+
+    It holds hashes and counts of sources, voxels, exclusions, split, weights and mix. Checkpoints hold one.
+    With --check, exit code 1 if anything differs. --raw is where your own entries say their licence.
+    """
+    from catalog.durable import replacing
+    from catalog.lock import check_lock, lock_corpus, lock_text, read_lock
+    from catalog.mix import load_mix
+    from catalog.remote import open_corpus
+    from catalog.selection import Selection
+    from ingest.outline import raw_folder
+    from ingest.spec import load_specs
+    from shards.layout import LAYOUT_VERSION
+
+    corpus = open_corpus(data_dir)
+    if check_file is not None:
+        with _reading(check_file):
+            locked = read_lock(check_file.read_text(encoding="utf-8"), str(check_file))
+        found = check_lock(corpus, locked, LAYOUT_VERSION)
+        if as_json:
+            _print_json({"same": not found, "differences": [one._asdict() for one in found]})
+        elif found:
+            _print("\n".join(": ".join(filter(None, (one.dataset, one.text))) for one in found))
+            _print(f"{corpus.place} is not the corpus of {check_file}.")
+        else:
+            _print(f"{corpus.place} is the corpus of {check_file}, fingerprint {locked['fingerprint'][:12]}.")
+        if found:
+            raise typer.Exit(SOME_FAILED)
+        return
+    with raw_folder(raw) as own:
+        licences = {name: spec.licence for name, spec in load_specs(raw=own.folder).items()}
+    wanted = load_mix(corpus, mix_name)
+    locked = lock_corpus(
+        corpus,
+        mix_name,
+        wanted,
+        Selection(corpus, wanted),
+        shards_version=LAYOUT_VERSION,
+        licences=licences,
+    )
+    with _writing(output), replacing(output) as temporary:
+        temporary.write_text(lock_text(locked), encoding="utf-8")
+    if as_json:
+        _print_json(locked)
+    else:
+        _print(f"Lock: {output}, fingerprint {locked['fingerprint'][:12]}.")
+
+
+def _show_mix(corpus: Corpus, name: str, wanted: Mix, as_json: bool) -> None:
+    from catalog.mix_tables import mix_as_json, render_mix
+    from catalog.selection import Selection
+    from catalog.shares import tally
+
+    counted = tally(corpus, Selection(corpus, wanted))
+    if as_json:
+        _print_json(mix_as_json(name, wanted, counted))
+    else:
+        render_mix(name, wanted, counted, _console())
+
+
 @data.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE_OR_FOLDER", help="Any scan; no entry is needed.")],
+    place: Annotated[
+        Any,
+        typer.Argument(
+            parser=location, metavar="FILE_OR_FOLDER", help="Any scan, or its URL; no entry is needed."
+        ),
+    ],
     modality: Annotated[
         str | None, typer.Option(help="CT, MRI/T1, XR ...; guessed where not given.", show_default=False)
     ] = None,
@@ -541,12 +904,14 @@ def inspect(
 
     Nothing of the corpus is read or written. With --json, a picture is written only where --montage asks.
     """
+    from ingest.fetched import fetched
     from ingest.glance import stem_of
     from ingest.inspect import as_json as inspection_as_json
     from ingest.inspect import inspect_path, montage_of, render
 
-    inspection = inspect_path(path, modality, depth_axis)
-    target = montage or (None if as_json else Path(f"{stem_of(path.resolve().name)}-inspect.png"))
+    with fetched(place) as path:
+        inspection = inspect_path(path, modality, depth_axis)
+        target = montage or (None if as_json else Path(f"{stem_of(path.resolve().name)}-inspect.png"))
     picture = montage_of(inspection) if target else None
     if target and picture:
         with _writing(target):
@@ -562,7 +927,9 @@ def inspect(
 
 @data.command()
 def add(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with images of your own.")],
+    folder: Annotated[
+        Path, typer.Argument(parser=folder, metavar="FOLDER", help="A folder with images of your own.")
+    ],
     dataset: Annotated[
         str | None,
         typer.Option("--id", help="Id of the entry; by default the folder's name.", show_default=False),
@@ -578,6 +945,7 @@ def add(
         typer.Option(
             "--raw",
             envvar="PUMIT_RAW",
+            parser=folder,
             help="Raw folder that holds FOLDER; by default the folder above it.",
             show_default=False,
         ),
@@ -652,6 +1020,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.", show_default=False),
 ]
+MixOption = Annotated[
+    str | None,
+    typer.Option("--mix", metavar="NAME", help="Which images are drawn, and how often.", show_default=False),
+]
+DedupOption = Annotated[
+    bool, typer.Option("--dedup", help="Of images that show the same, draw only one; see `duplicates`.")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
 
 
@@ -660,11 +1035,13 @@ def tokenizer(
     run: RunOption,
     preset: PresetOption = "tiny",
     data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    dedup: DedupOption = False,
     settings: SetOption = None,
     resume: ResumeOption = False,
 ) -> None:
     """Train the visual tokenizer (spatially adaptive convolutions, soft codebook)."""
-    _train("tokenizer", preset, settings, data_dir, run, resume)
+    _train("tokenizer", preset, [*(settings or ()), *_drawn_from(mix_name, dedup)], data_dir, run, resume)
 
 
 @train.command()
@@ -676,11 +1053,13 @@ def mim(
     ] = None,
     preset: PresetOption = "tiny",
     data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    dedup: DedupOption = False,
     settings: SetOption = None,
     resume: ResumeOption = False,
 ) -> None:
     """Train the ViT by masked image modelling against a trained tokenizer."""
-    overrides = list(settings or [])
+    overrides = [*(settings or ()), *_drawn_from(mix_name, dedup)]
     if tokenizer_run is not None:
         overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
     _train("mim", preset, overrides, data_dir, run, resume)
@@ -746,7 +1125,13 @@ def export_model(
 ) -> None:
     """Write a trained model as weights (safetensors), configuration (JSON) and model card."""
     from training.mim import MaskedImageModel
-    from training.pretrained import export_pretrained, find_pretrained, load_pretrained, training_of
+    from training.pretrained import (
+        export_pretrained,
+        find_pretrained,
+        load_pretrained,
+        lock_of,
+        training_of,
+    )
 
     place = find_pretrained(model)
     trained = load_pretrained(place)
@@ -755,7 +1140,7 @@ def export_model(
             raise SetupError(f"{model} has no head to leave out: export it without --encoder")
         trained = trained.vit
     with _writing(output):
-        export_pretrained(trained, output, training_of(place))
+        export_pretrained(trained, output, training_of(place), lock_of(place))
     _print(f"Exported: {output}")
 
 
@@ -779,19 +1164,27 @@ def import_model(
     _print(f"Imported: {output}")
 
 
+def _drawn_from(mix_name: str | None, dedup: bool) -> list[str]:
+    """--mix and --dedup as settings; the name is quoted, for the value is read as YAML."""
+    named = [] if mix_name is None else [f"data.mix={json.dumps(mix_name)}"]
+    return named + ["data.dedup=true"] * dedup
+
+
 def _train(
     kind: Literal["tokenizer", "mim"],
     preset: str,
-    settings: list[str] | None,
+    settings: list[str],
     data_dir: Location,
     run: Path,
     resume: bool,
 ) -> None:
+    from ingest.spec import load_specs
     from training.config import load_preset
 
-    config = load_preset(kind, preset, settings or [])  # a wrong setting is told before torch is loaded
+    config = load_preset(kind, preset, settings)  # a wrong setting is told before torch is loaded
     module = importlib.import_module(f"training.train_{kind}")
-    summary = module.train(config, data_dir, run, resume=resume)
+    licences = {name: spec.licence for name, spec in load_specs().items()}
+    summary = module.train(config, data_dir, run, resume=resume, licences=licences)
     _print(
         f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
         f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
@@ -883,6 +1276,16 @@ def _byte_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
             bars.update(bar, completed=done, total=None if total is None else max(done, total))
 
         yield show
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn an error on a text file that the user named into one line."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise SetupError(f"{path} cannot be read: {what}. Name another file.") from error
 
 
 @contextmanager

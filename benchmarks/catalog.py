@@ -35,6 +35,7 @@ from catalog.write import write_table
 ROWS, QUICK_ROWS = 10_000_000, 500_000
 DATASETS = 55
 MODALITIES = ["CT", "MRI/T1", "MRI/T2", "MRI/DWI", "XR", "US", "fundus"]
+LEVELS = {"min": -1050, "p0_5": -990, "p99_5": 900, "max": 1500}
 CSV_COLUMNS = [
     *("dataset", "key", "subject", "status", "modality", "dimension", "da_level", "split", "sampling_weight"),
     *("shape_d", "shape_h", "shape_w", "spacing_z", "spacing_y", "spacing_x", "stored_bytes"),
@@ -116,7 +117,17 @@ def dataset_table(number: int, rows: int) -> pa.Table:
         "source_hash": text("0123456789abcdef0123456789abcdef0123456789abcdef0123456", np.arange(rows)),
         "entry_hash": pa.array(["0" * 64] * rows),
         "normalisation_version": pa.array(np.ones(rows, np.int32)),
-        **{f"intensity_{name}": pa.array(noise.normal(0, 300, rows)) for name in ("mean", "std", "median")},
+        **{
+            f"intensity_{name}": pa.array(noise.normal(middle, 30, rows))
+            for name, middle in {**LEVELS, "mean": -300, "std": 400, "median": -500}.items()
+        },
+        "slope": pa.array(np.ones(rows)),
+        "original_shape": pa.array(np.stack([side, side, depth], axis=1).tolist()),
+        "crop_box": pa.array([[0, 9, 0, 400, 0, 400]] * rows),
+        "original_orientation": pa.array(np.where(noise.random(rows) < 0.97, "LPS", "RAS")),
+        "depth_axis": pa.array(["SI"] * rows),
+        "depth_rule": pa.array(noise.choice(["metadata", "anisotropy"], rows)),
+        "geometry_flags": pa.array([[], ["orthonormalised"]] * (rows // 2) + [[]] * (rows % 2)),
     }
     complete = {
         field.name: columns[field.name].cast(field.type)
@@ -179,6 +190,7 @@ def main() -> None:
             "stats --by dataset,modality,da_level": ([*stats, "--by", "dataset,modality,da_level"], None),
             "stats --by body_part": ([*stats, "--by", "body_part"], None),
             "stats --where": ([*stats, "--where", "modality = 'CT' and spacing_z < 2"], None),
+            "doctor": ([program, "doctor", "--data", str(folder)], None),
             "query": ([*query, "SELECT modality, count(*), avg(spacing_z) FROM images GROUP BY ALL"], None),
         }
         result = []

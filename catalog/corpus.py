@@ -7,6 +7,9 @@ from pathlib import Path
 
 from catalog.store import Location, RemotePath
 
+INDEX_NAME = "catalog/datasets.txt"
+"""File of a corpus that names its datasets: see `catalog.index`."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -65,9 +68,16 @@ class Corpus:
         return self.root / "splits" / f"{dataset}.parquet"
 
     @property
+    def index_file(self) -> Path:
+        return self.root / INDEX_NAME
+
+    @property
     def duplicates_file(self) -> Path:
         """What `pumit-data duplicates` found; it can be made anew from the catalog at any time."""
         return self.root / "catalog" / "duplicates.parquet"
+
+    def mix_file(self, name: str) -> Path:
+        return self.root / "mixes" / f"{name}.yaml"
 
     def datasets(self) -> list[str]:
         """Ids of the datasets that have a catalog file, sorted."""

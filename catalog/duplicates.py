@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
+from catalog.manifest import read_manifest
 from catalog.query import read_table
 from catalog.schema import SCHEMA_VERSION
 
@@ -38,3 +41,33 @@ def load_groups(corpus: Corpus) -> pa.Table | None:
 def superfluous(groups: pa.Table) -> pa.Table:
     """Dataset and key of the members that another of their group stands for."""
     return groups.filter(pc.invert(groups["kept"])).select(["dataset", "key"])
+
+
+_STATE = b"pumit_catalogs"
+
+
+def state_of(corpus: Corpus) -> dict[bytes, bytes]:
+    """Metadata of the file of duplicates: which catalogs were looked at, by the sha256 in their manifests.
+
+    To be taken before the catalogs are read. Raises SetupError if a manifest is damaged.
+    """
+    return {_STATE: json.dumps(_catalogs(corpus), sort_keys=True).encode()}
+
+
+def changed_since(corpus: Corpus, groups: pa.Table) -> list[str]:
+    """Datasets whose catalogs are not those in which `groups` were found, sorted.
+
+    An empty list also where the file does not say which they were. Raises SetupError if a manifest is damaged.
+    """
+    state = (groups.schema.metadata or {}).get(_STATE)
+    if state is None:
+        return []
+    then, now = json.loads(state), _catalogs(corpus)
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+
+
+def _catalogs(corpus: Corpus) -> dict[str, str | None]:
+    return {
+        dataset: read_manifest(corpus.manifest_file(dataset)).get(corpus.name_of(corpus.catalog_file(dataset)))
+        for dataset in corpus.datasets()
+    }

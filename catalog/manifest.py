@@ -164,6 +164,11 @@ def surviving_digests(path: Path) -> set[str]:
     return {digest for _, digest in _lines(text.splitlines())}
 
 
+def named_digests(manifest: bytes) -> Digests:
+    """The lines of a manifest that can still be read, damaged or not."""
+    return dict(_lines(manifest.decode(errors="replace").splitlines()))
+
+
 def seal(corpus: Corpus, dataset: str, digests: Digests) -> None:
     """Write a dataset's manifest anew, for files that were proven some other way."""
     _write_manifest(corpus.manifest_file(dataset), digests)

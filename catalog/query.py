@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import operator
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,10 @@ Split = Literal["train", "validation"]
 
 _DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, MemoryError)
 """What reading a file with a flipped bit may raise."""
+
+
+_ABOUT_STORAGE = {"shard_path", "shard_sha256", "stored_bytes"}
+"""Columns that tell how voxels are stored, not which."""
 
 
 class _Digest(Protocol):
@@ -209,15 +213,54 @@ def _version(path: Location, schema: pa.Schema, remedy: str) -> int:
 def fingerprint(table: pa.Table) -> str:
     """sha256 of the values of a table with the columns dataset and key, whatever the order of rows and columns.
 
+    How voxels are stored does not count, for `repack` changes that and no image: a run goes on after it.
     Equal values give equal fingerprints on every machine and with every version of pyarrow. The catalog holds
     no times, so the same images ingested again give the same fingerprint.
     """
     ordered = table.sort_by([("dataset", "ascending"), ("key", "ascending")])
-    return _fingerprint((name, ordered[name].chunks) for name in sorted(ordered.column_names))
+    names = sorted(set(ordered.column_names) - _ABOUT_STORAGE)
+    return _fingerprint((name, ordered[name].chunks) for name in names)
+
+
+@dataclass(frozen=True)
+class CatalogDigest:
+    """What a dataset's catalog comes to: hashes of its values, and what became of its images."""
+
+    fingerprint: str
+    """`fingerprint` of the ingested images."""
+    parts: dict[str, str]
+    """sha256 of single columns of the ingested images: those of DIGEST_PARTS."""
+    others: str
+    """`fingerprint` of what is known of the images that were not ingested, and why."""
+    outcomes: dict[str, dict[str, int]]
+    """Number of images by status, then by reason; the reason of ingested ones is empty."""
+    entry_hashes: list[str]
+    """Entries of datasets.yaml that the rows were made by, sorted."""
+    normalisation_versions: list[int]
+    """Likewise."""
+
+
+DIGEST_PARTS = ("source_hash", "shard_sha256", "sampling_weight")
+
+_OF_OTHERS = ("dataset", "key", "status", "reason", "source_hash", "entry_hash", "normalisation_version")
 
 
 def catalog_fingerprint(corpus: Corpus) -> str:
-    """`fingerprint` of all ingested images of a corpus, with two columns in memory at a time.
+    """sha256 of all ingested images of a corpus: see `united_fingerprint`. Errors as of `catalog_digests`."""
+    return united_fingerprint(catalog_digests(corpus))
+
+
+def united_fingerprint(digests: Mapping[str, CatalogDigest]) -> str:
+    """sha256 of the fingerprints of datasets, by id; those without an ingested image make no difference."""
+    united = hashlib.sha256()
+    for dataset in sorted(digests):
+        if "ingested" in digests[dataset].outcomes:
+            united.update(f"{dataset} {digests[dataset].fingerprint}\n".encode())
+    return united.hexdigest()
+
+
+def catalog_digests(corpus: Corpus) -> dict[str, CatalogDigest]:
+    """The digest of every dataset by id, with two columns of the catalog in memory at a time.
 
     All columns of a file are read from the file that was there at the start. Raises SetupError as
     `load_catalog` does.
@@ -227,33 +270,75 @@ def catalog_fingerprint(corpus: Corpus) -> str:
         ThreadPoolExecutor(1) as ahead,
         ThreadPoolExecutor(os.cpu_count()) as readers,
     ):
-        files = [
-            open_files.enter_context(_CatalogFile(corpus.catalog_file(dataset), remedy_of(dataset)))
+        files = {
+            dataset: open_files.enter_context(_CatalogFile(corpus.catalog_file(dataset), remedy_of(dataset)))
             for dataset in dataset_ids(corpus)
-        ]
+        }
+        sums = [_Sums(file) for file in files.values()]
 
-        def column(name: str) -> list[pa.Array]:
-            read = readers.map(lambda file: file.column(name).chunks, files)
-            return list(itertools.chain.from_iterable(read))
+        def column(name: str) -> list[list[pa.Array]]:
+            return list(readers.map(lambda file: file.column(name).chunks, files.values()))
 
-        def columns() -> Iterator[tuple[str, list[pa.Array]]]:
-            # One column is read while the one before it is hashed.
-            names = sorted(CATALOG_SCHEMA.names)
-            coming = ahead.submit(column, names[0])
-            for name, following in zip(names, [*names[1:], None], strict=True):
-                chunks = coming.result()
-                if following is not None:
-                    coming = ahead.submit(column, following)
-                yield name, chunks
+        # One column is read while the one before it is hashed.
+        names = sorted(CATALOG_SCHEMA.names)
+        coming = ahead.submit(column, names[0])
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            columns = coming.result()
+            if following is not None:
+                coming = ahead.submit(column, following)
+            list(readers.map(lambda one, chunks, name=name: one.add(name, chunks), sums, columns))
+            del columns
+        return {dataset: one.finish() for dataset, one in zip(files, sums, strict=True)}
 
-        return _fingerprint(columns())
+
+class _Sums:
+    """The digest of one dataset, of which one column comes after the other."""
+
+    def __init__(self, file: _CatalogFile) -> None:
+        self._file = file
+        self._whole = hashlib.sha256()
+        self._parts: dict[str, str] = {}
+        self._seen: dict[str, set[Any]] = {"entry_hash": set(), "normalisation_version": set()}
+        self._rows = 0
+
+    def add(self, name: str, chunks: list[pa.Array]) -> None:
+        if name not in _ABOUT_STORAGE:
+            _digest_column(self._whole, name, chunks)
+        if name in DIGEST_PARTS:
+            part = hashlib.sha256()
+            _digest_values(part, chunks)
+            self._parts[name] = part.hexdigest()
+        if name in self._seen:
+            self._seen[name] |= {value for chunk in chunks for value in pc.unique(chunk).to_pylist()}
+        self._rows = sum(map(len, chunks))
+
+    def finish(self) -> CatalogDigest:
+        others = pa.table(self._file.others)
+        outcomes: dict[str, dict[str, int]] = {"ingested": {"": self._rows}} if self._rows else {}
+        for row in others.group_by(["status", "reason"]).aggregate([([], "count_all")]).to_pylist():
+            outcomes.setdefault(row["status"], {})[row["reason"] or ""] = row["count_all"]
+        seen = {
+            name: sorted(found | set(others[name].unique().to_pylist())) for name, found in self._seen.items()
+        }
+        return CatalogDigest(
+            fingerprint=self._whole.hexdigest(),
+            parts=self._parts,
+            others=fingerprint(others),
+            outcomes=outcomes,
+            entry_hashes=seen["entry_hash"],
+            normalisation_versions=seen["normalisation_version"],
+        )
 
 
 class _CatalogFile:
     """The ingested images of one dataset in the order of their keys, column by column."""
 
+    others: dict[str, pa.ChunkedArray]
+    """Of the columns of _OF_OTHERS that have been read, the values of the other rows, in no order."""
+
     def __init__(self, path: Path, remedy: str) -> None:
         self._path, self._remedy = path, remedy
+        self.others = {}
 
     def __enter__(self) -> _CatalogFile:
         with _naming_damage(self._path, self._remedy):
@@ -268,6 +353,7 @@ class _CatalogFile:
         else:
             self._order = None
         self._ingested = None if ingested.all() else pa.array(ingested)
+        self._other = pa.array(~ingested)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -276,6 +362,8 @@ class _CatalogFile:
     def column(self, name: str) -> pa.ChunkedArray:
         with _naming_damage(self._path, self._remedy):
             values = self._read([name])[name]
+        if name in _OF_OTHERS:
+            self.others[name] = values.slice(0, 0) if self._ingested is None else values.filter(self._other)
         if self._order is not None:
             return values.take(self._order)
         return values if self._ingested is None else values.filter(self._ingested)
@@ -292,9 +380,13 @@ def _fingerprint(columns: Iterable[tuple[str, list[pa.Array]]]) -> str:
     """Of columns in the order of their names, with rows in the order of dataset and key, in any chunks."""
     digest = hashlib.sha256()
     for name, chunks in columns:
-        digest.update(f"{name}\0".encode())
-        _digest_values(digest, chunks)
+        _digest_column(digest, name, chunks)
     return digest.hexdigest()
+
+
+def _digest_column(digest: _Digest, name: str, chunks: Sequence[pa.Array]) -> None:
+    digest.update(f"{name}\0".encode())
+    _digest_values(digest, chunks)
 
 
 def _digest_values(digest: _Digest, chunks: Sequence[pa.Array]) -> None:

@@ -13,16 +13,17 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from catalog.corpus import Corpus
 from catalog.durable import replacing
 from catalog.errors import SetupError
-from catalog.store import Location, RemotePath, StoreError, endpoint
+from catalog.index import read_index
+from catalog.store import Location, RemotePath, StoreError
 
-MIRRORED = ("catalog", "splits")
+MIRRORED = ("catalog", "splits", "mixes")
 """Folders of a corpus that are copied."""
 
 _ETAGS_FILE = ".etags.json"
@@ -61,7 +62,7 @@ def local_folder(place: RemotePath, variable: str, default: str) -> Path:
     """This machine's folder for a URL, below that of an XDG variable."""
     base = Path(os.environ.get(variable) or default).expanduser() / "pumit-data"
     # One bucket name at two endpoints is two buckets.
-    identity = hashlib.sha256(f"{endpoint() or ''}\0{place}".encode()).hexdigest()[:12]
+    identity = hashlib.sha256(f"{place.provider.endpoint or ''}\0{place}".encode()).hexdigest()[:12]
     folder = base / f"{quote(place.bucket, safe='')}-{identity}"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -76,29 +77,33 @@ def local_folder(place: RemotePath, variable: str, default: str) -> Path:
 def update_copy(origin: RemotePath, folder: Path, wanted: Callable[[str], bool]) -> None:
     """Make the files below `folder` those of the store: MIRRORED, and of these the `wanted`.
 
+    A web server, which lists nothing, has those that the index of the corpus and the manifests name.
+
     Args:
         wanted: told each name relative to the corpus.
 
-    Raises StoreError as the store does; also if a writer replaces files all the time.
+    Raises StoreError as the store does; also if a writer replaces files all the time. SetupError if a corpus on
+    a web server has no index.
     """
+    told: dict[str, str] = {}
     for _ in range(_ROUNDS):
-        told = {
-            f"{part}/{item.name}": item
-            for part in MIRRORED
-            for item in (origin / part).walk()
-            if wanted(f"{part}/{item.name}")
-        }
+        before, told = told, {name: state for name, state in _told(origin) if wanted(name)}
         etags = _etags(folder)
-        changed = [name for name, item in told.items() if etags.get(name) != item.etag]
+        changed = [name for name, state in told.items() if etags.get(name) != state]
+        if origin.is_web and told == before:
+            return  # what is still not as its manifest tells is damaged, or has been replaced without it
         gone = etags.keys() - told.keys()
         try:
             for name in changed:
                 _inside(folder, name).parent.mkdir(parents=True, exist_ok=True)
-                with replacing(_inside(folder, name)) as temporary:
-                    (origin / name).download(temporary)
-                etags[name] = told[name].etag
-        except FileNotFoundError:
-            continue  # the next listing knows
+                try:
+                    with replacing(_inside(folder, name)) as temporary:
+                        (origin / name).download(temporary)
+                except FileNotFoundError:
+                    gone.add(name)  # the next listing knows
+                    etags.setdefault(name, "")
+                    continue
+                etags[name] = _digest(_inside(folder, name)) if origin.is_web else told[name]
         except StoreError as error:
             if error.errno != errno.ESTALE:
                 raise
@@ -116,6 +121,31 @@ def update_copy(origin: RemotePath, folder: Path, wanted: Callable[[str], bool])
         "its catalog is being replaced faster than it can be copied; repeat the command",
         str(origin),
     )
+
+
+def _told(origin: RemotePath) -> Iterator[tuple[str, str]]:
+    """Names of the files that are to be copied, and what tells each from earlier ones: etag, or sha256."""
+    if not origin.is_web:
+        for part in MIRRORED:
+            for item in (origin / part).walk():
+                yield f"{part}/{item.name}", item.etag
+        return
+    from catalog.manifest import named_digests
+
+    there, datasets = Corpus(Path()), read_index(origin)
+    manifests = [there.manifest_file(dataset) for dataset in datasets]
+    following = [there.next_manifest_file(dataset) for dataset in datasets]
+    for file in (there.index_file, there.duplicates_file, *manifests, *following):
+        with suppress(FileNotFoundError):
+            content = (origin / file.as_posix()).read_bytes()
+            yield file.as_posix(), hashlib.sha256(content).hexdigest()
+            if file not in (there.index_file, there.duplicates_file):
+                yield from named_digests(content).items()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _inside(folder: Path, name: str) -> Path:

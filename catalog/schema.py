@@ -83,7 +83,7 @@ _COLUMNS = [
     _column(
         "entry_hash",
         _TEXT,
-        "sha256 of the fields of datasets.yaml that shape the result",
+        "sha256 of the fields of datasets.yaml that shape the result; then + and a hash of overrides, if any",
         required=True,
     ),
     _column("normalisation_version", _INT, "version of the normalisation rules", required=True),

@@ -152,13 +152,21 @@ def split_fingerprint(corpus: Corpus, datasets: Collection[str] | None = None) -
     """
     if datasets is None:
         datasets = [path.stem for path in corpus.split_file("*").parent.glob("[!.]*.parquet")]
-    digest = hashlib.sha256()
+    return split_fingerprints(corpus, datasets)[0]
+
+
+def split_fingerprints(corpus: Corpus, datasets: Collection[str]) -> tuple[str, dict[str, str]]:
+    """`split_fingerprint` of datasets together and of each by id, reading each split once."""
+    together, single = hashlib.sha256(), {}
     for dataset in sorted(set(datasets)):
+        alone = hashlib.sha256()
         for table in _recorded(corpus, dataset):
             held_out = table.filter(pc.greater(pc.list_value_length(table["held_out_for"]), 0))
             for subject in held_out["subject_hash"].to_pylist():
-                digest.update(f"{dataset}\0{subject}\n".encode())
-    return digest.hexdigest()
+                for digest in (together, alone):
+                    digest.update(f"{dataset}\0{subject}\n".encode())
+        single[dataset] = alone.hexdigest()
+    return together.hexdigest(), single
 
 
 def _subject_hash(dataset: str, subject: str) -> str:

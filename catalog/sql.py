@@ -77,8 +77,6 @@ def select(corpus: Corpus, columns: Sequence[str], where: str) -> pa.Table:
 
 
 def _sandbox(corpus: Corpus) -> DuckDBPyConnection:
-    import duckdb
-
     files = [corpus.catalog_file(dataset) for dataset in dataset_ids(corpus)]
     for file in files:
         check_version(file)
@@ -88,6 +86,13 @@ def _sandbox(corpus: Corpus) -> DuckDBPyConnection:
         schema=CATALOG_SCHEMA,
         format=ds.ParquetFileFormat(default_fragment_scan_options=options),
     )
+    return sandbox(images)
+
+
+def sandbox(images: pa.Table | ds.Dataset) -> DuckDBPyConnection:
+    """A connection that sees VIEW, which is `images`, and nothing else."""
+    import duckdb
+
     connection = duckdb.connect(":memory:", config=_SETTINGS | {"threads": str(os.cpu_count() or 1)})
     connection.register(VIEW, images)
     connection.execute("SET lock_configuration = true")
@@ -98,16 +103,22 @@ def _check(connection: DuckDBPyConnection, sql: str) -> None:
     statements = connection.extract_statements(sql)
     if [statement.type.name for statement in statements] != ["SELECT"]:
         raise SetupError(f"one SELECT statement is needed, got {sql.strip()!r}. The catalog can only be read.")
-    (serialized,) = connection.execute("SELECT json_serialize_sql($1::VARCHAR)", [sql]).fetchall()[0]
-    tree = json.loads(serialized)
-    if tree["error"]:
-        raise SetupError(f"{tree['error_message']}. Write it as one plain SELECT statement.")
+    tree = parsed(connection, sql)
     for name in _table_functions(tree):
         if name not in TABLE_FUNCTIONS:
             allowed = ", ".join(TABLE_FUNCTIONS)
             raise SetupError(
                 f"{name}() cannot be used here: the only table is {VIEW}, the only functions {allowed}."
             )
+
+
+def parsed(connection: DuckDBPyConnection, sql: str) -> dict[str, Any]:
+    """The tree of a SELECT statement, as DuckDB's parser gives it. Raises SetupError if it is none."""
+    (serialized,) = connection.execute("SELECT json_serialize_sql($1::VARCHAR)", [sql]).fetchall()[0]
+    tree: dict[str, Any] = json.loads(serialized)
+    if tree["error"]:
+        raise SetupError(f"{tree['error_message']}. Write it as one plain SELECT statement.")
+    return tree
 
 
 def _table_functions(tree: Any) -> Iterator[str]:
@@ -150,13 +161,20 @@ def _explained(corpus: Corpus) -> Iterator[None]:
             f"the query needs more than {MEMORY_LIMIT} of memory. Select fewer columns or rows, or aggregate."
         ) from error
     except (duckdb.Error, pa.ArrowException, OSError) as error:
-        message = " ".join(str(error).split())
-        if "stream registered as" in message:
+        if "stream registered as" in str(error):
             # The reader's own words name no file: reading one after the other ends at the damaged one.
             for dataset in dataset_ids(corpus):
                 load_dataset(corpus, dataset)
-        what = re.sub("^[A-Z][A-Za-z ]*Error: |(Candidate|Did you mean|LINE [0-9]+:).*", "", message).strip()
-        what = what.rstrip(".!") + "."
-        if isinstance(error, duckdb.BinderException | duckdb.CatalogException | duckdb.ParserException):
-            what += f" Columns of {VIEW}: {', '.join(CATALOG_SCHEMA.names)}."
-        raise SetupError(what) from error
+        raise SetupError(in_words(error)) from error
+
+
+def in_words(error: Exception) -> str:
+    """What DuckDB has to say, in one line, with the columns there are where it is about names or grammar."""
+    import duckdb
+
+    message = " ".join(str(error).split())
+    what = re.sub("^[A-Z][A-Za-z ]*Error: |(Candidate|Did you mean|LINE [0-9]+:).*", "", message).strip()
+    what = what.rstrip(".!") + "."
+    if isinstance(error, duckdb.BinderException | duckdb.CatalogException | duckdb.ParserException):
+        what += f" Columns of {VIEW}: {', '.join(CATALOG_SCHEMA.names)}."
+    return what

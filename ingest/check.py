@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from catalog.errors import SetupError
+from catalog.store import Location, RemotePath
 from ingest.archives import is_archive, members
 from ingest.discover import dataset_root, listed_folders
 from ingest.found import find_sources
@@ -89,12 +90,33 @@ class FolderCheck:
         return asdict(self) | {"fine": self.fine}
 
 
-def check_dataset(spec: DatasetSpec, raw: Path) -> FolderCheck:
+def check_dataset(spec: DatasetSpec, raw: Path, origin: RemotePath | None = None) -> FolderCheck:
     """Compare the folder of a dataset with its entry. Nothing is written, and no voxel is read.
+
+    Args:
+        origin: where the files lie, if `raw` only outlines them.
 
     Raises:
         SetupError: there is no raw folder, or a folder below it cannot be listed.
     """
+    if origin is not None:
+        return _told_of(_compared(spec, raw, origin), str(raw), str(origin))
+    return _compared(spec, raw, raw)
+
+
+def _told_of(check: FolderCheck, outline: str, origin: str) -> FolderCheck:
+    """The check of an outline as one of what it outlines."""
+    return replace(
+        check,
+        folder=None if check.folder is None else check.folder.replace(outline, origin),
+        findings=tuple(
+            replace(finding, message=finding.message.replace(outline, origin)) for finding in check.findings
+        ),
+    )
+
+
+def _compared(spec: DatasetSpec, raw: Path, contents: Location) -> FolderCheck:
+    """As `check_dataset`; `contents` holds the files that `raw` may only outline."""
     try:
         root = dataset_root(spec, raw)
     except SetupError as error:
@@ -107,6 +129,7 @@ def check_dataset(spec: DatasetSpec, raw: Path) -> FolderCheck:
             folder=None,
             findings=(Finding(kind="no_folder", must_fix=True, message=message),),
         )
+    within = contents / root.relative_to(raw.absolute()).as_posix()
     stored = {unicodedata.normalize("NFC", path): path for path in listing(root)[0]}
     layout = Layout(spec)
     with _warnings_of_discovery() as warned:
@@ -119,9 +142,9 @@ def check_dataset(spec: DatasetSpec, raw: Path) -> FolderCheck:
         found = list(dict.fromkeys(image for path in stored if (image := layout.image_at(path)) is not None))
         known = set(found)
     # Where nothing is in its place, `ignore` may match the images themselves.
-    unexplained = _unexplained(root, stored, known, layout, heed_ignore=bool(found))
+    unexplained = _unexplained(within, stored, known, layout, heed_ignore=bool(found))
     misplaced, strays = _sorted_out(unexplained, layout, stored)
-    archives = list(_archives(root, stored, layout))
+    archives = list(_archives(within, stored, layout))
     parts = tuple(_parts(spec, found))
 
     findings: list[Finding] = [*misplaced, *archives]
@@ -187,7 +210,7 @@ def _elsewhere(spec: DatasetSpec, raw: Path) -> str | None:
 
 
 def _unexplained(
-    root: Path, stored: Mapping[str, str], known: set[str], layout: Layout, *, heed_ignore: bool
+    root: Location, stored: Mapping[str, str], known: set[str], layout: Layout, *, heed_ignore: bool
 ) -> Iterator[str]:
     """Image files, and tables in the wrong place, that are neither known nor declared to be no images.
 
@@ -307,7 +330,7 @@ def _general(folder: str) -> str:
     return re.sub(r"\d+(?:\.\d+)*", "*", folder)
 
 
-def _archives(root: Path, files: Iterable[str], layout: Layout) -> Iterator[Finding]:
+def _archives(root: Location, files: Iterable[str], layout: Layout) -> Iterator[Finding]:
     """Archives that hold images which are not there yet, and the others."""
     archives = []
     endings = set()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from catalog.errors import SetupError
 from ingest.journal import Journal, RunEndedError
-from ingest.task import IngestTask, TaskResult, run_task
+from ingest.task import IngestTask, TaskResult, UnseenFolderError, run_task
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -164,6 +164,11 @@ class DaskPool:
             raise SetupError(
                 f"a worker of {self._client.scheduler.address} does not see {task.corpus.root}. The corpus and "
                 "the raw folder must lie at the same paths on all machines."
+            ) from error
+        except UnseenFolderError as error:
+            raise SetupError(
+                f"a worker of {self._client.scheduler.address} does not see {task.root}. The raw folder must "
+                "lie at the same path on all machines, or be the URL of a store."
             ) from error
         except (ImportError, AttributeError) as error:
             raise SetupError(

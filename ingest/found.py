@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import re
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
@@ -20,15 +21,18 @@ from ingest.discover import found_twice, nothing_found, same_key, stream_sources
 from ingest.journal import Journal, Stamp
 from ingest.ledger import as_known_error, attached
 from ingest.names import NameKey
+from ingest.overrides import Overrides, as_text, declared_hash
 from ingest.source import ImageSource
 from ingest.spec import DatasetSpec
 from ingest.task import Place
 
+_log = logging.getLogger(__name__)
+
 _ROWS = 1 << 12
 _LOT_BYTES = 512 << 20
-_Row = tuple[int | None, str, str, str, int, str | None, int, str | None, int]
+_Row = tuple[int | None, str, str, str, int, str | None, int, str | None, str | None, int]
 """Pack, the columns of a place, bytes."""
-_ROWS_OF = "SELECT pack, path, key, subject, kind, alias, sharing, copy_of, bytes FROM source "
+_ROWS_OF = "SELECT pack, path, key, subject, kind, alias, sharing, copy_of, override, bytes FROM source "
 
 _KINDS = TypeAdapter(ImageSource)
 _SCHEMA = """
@@ -38,7 +42,9 @@ CREATE TABLE source (
     id INTEGER PRIMARY KEY, path TEXT, key TEXT, subject TEXT, kind INTEGER,
     alias TEXT, name TEXT AS (coalesce(alias, path)), images_group INTEGER, glob INTEGER,
     share TEXT, sharing INTEGER DEFAULT 1, copy_of TEXT,
-    selected INTEGER DEFAULT 0, bytes INTEGER, mtime_ns INTEGER, files INTEGER, pending INTEGER DEFAULT 0,
+    override TEXT, declared TEXT,
+    selected INTEGER DEFAULT 0, -- 2: not asked for, but its pack is written again
+    bytes INTEGER, mtime_ns INTEGER, files INTEGER, pending INTEGER DEFAULT 0,
     pack INTEGER
 );
 CREATE TABLE stored (path TEXT PRIMARY KEY, whole INTEGER) WITHOUT ROWID;
@@ -59,7 +65,13 @@ class Group:
 class FoundSources:
     """All sources of a dataset below its root."""
 
-    def __init__(self, spec: DatasetSpec, root: Path, names: NameKey | None = None) -> None:
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        root: Path,
+        names: NameKey | None = None,
+        overrides: Overrides = Overrides(),  # noqa: B008 - frozen
+    ) -> None:
         """Walk through the folder.
 
         Nothing is left out silently: names that match `exclusions`, and copies, come with `exclude`; a link
@@ -68,6 +80,7 @@ class FoundSources:
 
         Args:
             names: makes the ids of a dataset whose names are private.
+            overrides: what the user leaves out.
 
         Raises:
             SetupError: nothing found; a path that the rules cannot describe; two images with one key; a table
@@ -83,6 +96,7 @@ class FoundSources:
             if spec.one_copy:
                 self._mark_copies()
             self._count_sharing()
+            self._note_overrides(overrides)
         except sqlite3.Error as error:
             raise as_known_error(error) from error
 
@@ -150,8 +164,16 @@ class FoundSources:
         ]
         return {modality: self._subjects_of(modality) for modality in modalities}
 
-    def compare(self, journal: Journal, corpus: Corpus, normalisation_version: int) -> None:
-        """Find out what is pending: selected, and not done by an earlier run, or changed since, or damaged."""
+    def compare(
+        self, journal: Journal, corpus: Corpus, normalisation_version: int, *, lossless: bool = False
+    ) -> None:
+        """Find out what is pending: selected, and not done by an earlier run, or changed since, or damaged.
+
+        A 2-D image whose override changed brings along what shares its pack, selected or not: so the voxels of
+        an excluded image leave the corpus, and one taken back finds its old place.
+        """
+        entry = self.spec.entry_hash(lossless=lossless)
+        self._database.execute("UPDATE source SET selected = 0 WHERE selected = 2")
         with attached(self._database, journal.ledger_file):
             if self._number("SELECT EXISTS (SELECT 1 FROM ledger.done)"):
                 self._look_at_stored(corpus)
@@ -161,10 +183,24 @@ class FoundSources:
                     SELECT 1 FROM ledger.done JOIN stored USING (path)
                     WHERE done.path = source.name AND whole AND NOT failed
                         AND stamp_bytes = bytes AND stamp_mtime_ns = mtime_ns AND stamp_files = files
-                        AND entry_hash = ? AND normalisation_version = ?
+                        AND entry_hash = :entry || coalesce(declared, '') AND normalisation_version = :version
                 )
                 """,
-                (self.spec.entry_hash(), normalisation_version),
+                {"entry": entry, "version": normalisation_version},
+            )
+            self._database.execute(
+                """
+                UPDATE source SET pending = 1, selected = 2 WHERE NOT pending
+                    AND name IN (SELECT path FROM ledger.done)
+                    AND name IN (SELECT path FROM ledger.pack WHERE pack IN (
+                        SELECT pack.pack FROM source AS changed
+                        JOIN ledger.pack ON pack.path = changed.name
+                        JOIN ledger.done ON done.path = changed.name
+                        WHERE changed.pending AND entry_hash <> :entry || coalesce(changed.declared, '')
+                            AND (changed.declared IS NOT NULL OR entry_hash LIKE :entry || '+%')
+                    ))
+                """,
+                {"entry": entry},
             )
 
     def note_aliases(self, journal: Journal) -> None:
@@ -321,6 +357,27 @@ class FoundSources:
             "WHERE other.share = source.share AND other.copy_of IS NULL) "
             "WHERE share IS NOT NULL AND copy_of IS NULL"
         )
+
+    def _note_overrides(self, overrides: Overrides) -> None:
+        """Write down what the user says of each source; tells of entries that speak of none."""
+        if not overrides:
+            return
+        if overrides.has_globs:
+            keys = (key for (key,) in self._database.execute("SELECT key FROM source"))
+        else:
+            there = (
+                (key, self._number("SELECT count(*) FROM source WHERE key = ?", key)) for key in overrides.keys
+            )
+            keys = (key for key, number in there if number)
+        verdicts = {key: text for key in keys if (text := as_text(overrides.of(key))) is not None}
+        self._database.executemany(
+            "UPDATE source SET override = ?, declared = ? WHERE key = ?",
+            ((text, declared_hash("", text), key) for key, text in verdicts.items()),
+        )
+        for idle in overrides.idle(verdicts):
+            _log.warning(
+                "overrides.yaml: %s has no image %s; the entry does nothing.", self.spec.id, idle.named
+            )
 
     def _look_at_selected(self) -> None:
         last = 0

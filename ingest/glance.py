@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from catalog.errors import SetupError
+from catalog.store import Location
 from ingest.reasons import ExcludedImage, FailedImage
 from ingest.source import Format, ImageSource
 from ingest.volume import Volume
@@ -214,7 +215,7 @@ def series_folder(file: Path) -> Glance | None:
     return seen[0] if seen and seen[0].is_folder else None
 
 
-def format_of(file: Path) -> Format | None:
+def format_of(file: Location) -> Format | None:
     """The format of a file by its first bytes, else by its name; null if it is none that ingest reads.
 
     Raises:
@@ -248,7 +249,7 @@ def stem_of(name: str) -> str:
     return name.removesuffix(suffix_of(name))
 
 
-def format_or_none(file: Path) -> Format | None:
+def format_or_none(file: Location) -> Format | None:
     """As `format_of`; of a file that cannot be opened, by its name alone."""
     try:
         return format_of(file)

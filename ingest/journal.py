@@ -32,8 +32,8 @@ from catalog.errors import SetupError
 from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA
 from catalog.scratch import NameSet, scratch_database
 from catalog.write import merge_batches, write_table
-from ingest.ledger import update_ledger
-from shards.layout import dataset_folder
+from ingest.ledger import choose, chosen, update_ledger
+from shards.layout import PROFILES, Profile, dataset_folder
 
 _log = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ class Journal:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise SetupError(
-                    f"{self.dataset}: another ingest into {self.corpus.place}, or a `verify`, is running. "
-                    "Wait for it to end."
+                    f"{self.dataset}: another ingest into {self.corpus.place}, or a `verify` or `repack`, is "
+                    "running. Wait for it to end."
                 ) from error
             yield
 
@@ -256,6 +256,32 @@ class Journal:
     def ensure_ledger(self) -> None:
         """Make an empty ledger where there is none, and the tables that an earlier one lacks."""
         update_ledger(self.ledger_file, [])
+
+    @property
+    def profile(self) -> Profile:
+        """The codec profile of the dataset: `fast`, until it is repacked."""
+        found = chosen(self.ledger_file, "profile")
+        if found is None:
+            return "fast"
+        if found not in PROFILES:
+            raise SetupError(
+                f"{self.ledger_file} names the codec profile {found!r}, which this program does not know. "
+                "Install the version of pumit-data that wrote it, or a later one."
+            )
+        return found
+
+    def choose_profile(self, profile: Profile) -> None:
+        """Have later runs write their arrays in a codec profile."""
+        choose(self.ledger_file, "profile", profile)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the dataset keeps true floats as they are: not, until an ingest asks for it."""
+        return chosen(self.ledger_file, "floats") == "lossless"
+
+    def choose_lossless(self, lossless: bool) -> None:
+        """Have later runs keep true floats as they are, or not."""
+        choose(self.ledger_file, "floats", "lossless" if lossless else "16-bit")
 
     @property
     def ledger_file(self) -> Path:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from catalog.errors import SetupError
-from catalog.store import RemotePath, StoreError
+from catalog.store import RemotePath, StoreError, no_conditions
 
 LEASE_SECONDS = 300.0
 _RENEWALS = 5
@@ -32,7 +32,7 @@ class Lease:
         self._file = file
         self._dataset = dataset
         self._owner = owner
-        self._etag: str | None = None
+        self._state: str | None = None
         self._until = 0.0
         self._ended = threading.Event()
 
@@ -46,7 +46,7 @@ class Lease:
 
     def take(self, dead: Collection[str]) -> None:
         """Make the lease one's own. `dead`: former owners of which one is the heir."""
-        content, self._etag = _read(self._file)
+        content, self._state = _read(self._file)
         if _is_live(content) and content["owner"] not in dead:
             raise SetupError(
                 f"{self._dataset}: another ingest into {self._file.parent.parent.parent} is running on "
@@ -55,6 +55,19 @@ class Lease:
             )
         if not self._write(LEASE_SECONDS):
             raise SetupError(f"{self._dataset}: another ingest has just begun. Wait for it to end.")
+        self._prove_conditions()
+
+    def _prove_conditions(self) -> None:
+        """Raises SetupError if the store writes what it must refuse: then nobody can hold a lease there."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                if self._file.write_if(b"{}", None) is not None:
+                    raise no_conditions(self._file)
+            except StoreError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                return
 
     def keep(self) -> None:
         """Renew until `end`; runs in a thread."""
@@ -80,17 +93,17 @@ class Lease:
         content = json.dumps({"owner": self._owner, "host": socket.gethostname(), "until": until}).encode()
         for _ in range(_ATTEMPTS):
             try:
-                etag = self._file.write_if(content, self._etag)
+                state = self._file.write_if(content, self._state)
             except StoreError:
-                etag = None
-            if etag is not None:
-                self._etag, self._until = etag, until
+                state = None
+            if state is not None:
+                self._state, self._until = state, until
                 return True
             # It may have come through all the same, though its answer did not.
             told, found = _read(self._file)
-            if told.get("owner") != self._owner and found != self._etag:
+            if told.get("owner") != self._owner and found != self._state:
                 return False
-            self._etag = found
+            self._state = found
         return False
 
 
@@ -145,16 +158,17 @@ def _lease_file(place: RemotePath, dataset: str) -> RemotePath:
 
 
 def _read(file: RemotePath) -> tuple[dict[str, object], str | None]:
-    """What the lease says, if anything, and its etag."""
+    """What the lease says, if anything, and its state."""
     try:
-        content, etag = file.read_with_etag()
+        content, state = file.read_with_state()
     except FileNotFoundError:
         return {}, None
     try:
         told = json.loads(content)
     except ValueError:
-        return {}, etag
-    return (told, etag) if isinstance(told, dict) and {"owner", "host", "until"} <= told.keys() else ({}, etag)
+        return {}, state
+    known = isinstance(told, dict) and {"owner", "host", "until"} <= told.keys()
+    return (told if known else {}), state
 
 
 def _is_live(content: dict[str, object]) -> bool:

@@ -1,5 +1,7 @@
 """What is known of every source of a dataset from earlier runs: when it was done, and its pack. An SQLite file.
 
+Also what the user chose for the whole dataset: how its voxels are stored.
+
 A rollback journal, full synchronisation and one writer (the ingest that holds the dataset's lock) make every
 change whole, whatever is killed. Times may stand here; the catalog has none.
 """
@@ -27,6 +29,7 @@ CREATE TABLE IF NOT EXISTS done (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS pack (path TEXT PRIMARY KEY, pack INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS name (alias TEXT PRIMARY KEY, path TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS choice (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 _BUSY_SECONDS = 30
 
@@ -41,6 +44,29 @@ def update_ledger(file: Path, done: Iterable[DoneRow]) -> None:
         database.executescript(_SCHEMA)
         with database:
             database.executemany("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?, ?, ?, ?)", done)
+
+
+def choose(file: Path, name: str, value: str) -> None:
+    """Record what later runs are to follow; makes the file if there is none."""
+    update_ledger(file, [])
+    with _explained(file), closing(sqlite3.connect(file, timeout=_BUSY_SECONDS)) as database:
+        database.execute("PRAGMA synchronous=FULL")
+        with database:
+            database.execute("INSERT OR REPLACE INTO choice VALUES (?, ?)", (name, value))
+
+
+def chosen(file: Path, name: str) -> str | None:
+    """What `choose` recorded last."""
+    if not file.exists():
+        return None
+    with _explained(file), closing(sqlite3.connect(file, timeout=_BUSY_SECONDS)) as database:
+        try:
+            row = database.execute("SELECT value FROM choice WHERE name = ?", (name,)).fetchone()
+        except sqlite3.OperationalError:
+            if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'choice'").fetchone():
+                raise
+            return None  # a ledger of an earlier version, or one that may not be written
+    return None if row is None else str(row[0])
 
 
 def path_behind(file: Path, alias: str) -> str | None:
@@ -58,11 +84,12 @@ def path_behind(file: Path, alias: str) -> str | None:
 
 def copy_without_names(file: Path, target: Path) -> None:
     """Make a ledger that knows all that another does but the paths behind aliases: for others to read."""
-    update_ledger(target, [])
+    for ledger in (file, target):
+        update_ledger(ledger, [])
     with _explained(file), closing(sqlite3.connect(target, isolation_level=None)) as database:
         database.execute("ATTACH ? AS known", (str(file),))
-        for table in ("done", "pack"):
-            database.execute(f"INSERT INTO {table} SELECT * FROM known.{table}")  # noqa: S608 - two constants
+        for table in ("done", "pack", "choice"):
+            database.execute(f"INSERT INTO {table} SELECT * FROM known.{table}")  # noqa: S608 - constants
 
 
 def done_paths(file: Path) -> set[str]:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from catalog.errors import SetupError
 from catalog.remote import local_folder
 from catalog.store import Location, ObjectInfo, RemotePath, StoreError
 from ingest.discover import existing_roots, files_opened
+from ingest.overrides import overrides_file
 from ingest.readers import name as name_of
 from ingest.reasons import FailedImage
 from ingest.source import ImageSource
@@ -54,6 +55,10 @@ class RawFolder:
     def place(self) -> Location:
         """What the user knows it by."""
         return self.folder if self.origin is None else self.origin
+
+    def told(self, text: str) -> str:
+        """A message in which paths of the outline are those of the place."""
+        return text if self.origin is None else text.replace(str(self.folder), str(self.origin))
 
     def outline(self, spec: DatasetSpec) -> None:
         """Make the outline of a dataset. Of a folder, nothing is to be done.
@@ -122,6 +127,11 @@ def raw_folder(place: Location) -> Iterator[RawFolder]:
     if isinstance(place, Path):
         yield RawFolder(place)
         return
+    if place.is_web:
+        raise SetupError(
+            f"{place}: raw images cannot be found on a web server, which lists no folder. Give a folder or a "
+            "store, such as s3://BUCKET/PREFIX; `inspect` takes the URL of one file."
+        )
     home = local_folder(place, "XDG_CACHE_HOME", "~/.cache").absolute()
     _remove_dead(home)
     with ExitStack() as stack:
@@ -132,7 +142,12 @@ def raw_folder(place: Location) -> Iterator[RawFolder]:
         raw = RawFolder(folder, place, tuple(place.iterdir()))
         with suppress(FileNotFoundError):
             (place / own_file(folder).name).download(own_file(folder))
-        yield raw
+        with suppress(FileNotFoundError):
+            (place / overrides_file(folder).name).download(overrides_file(folder))
+        try:
+            yield raw
+        except SetupError as error:
+            raise type(error)(raw.told(str(error))) from error
 
 
 @contextmanager
@@ -144,7 +159,7 @@ def at_hand(source: ImageSource, origin: RemotePath | None) -> Iterator[ImageSou
 
     Raises FailedImage if objects have gone since they were listed, StoreError as the store does.
     """
-    if origin is None or source.exclude is not None:
+    if origin is None or source.exclude is not None or source.overridden(None) is not None:
         yield source
         return
     with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
@@ -167,27 +182,41 @@ def at_hand(source: ImageSource, origin: RemotePath | None) -> Iterator[ImageSou
         yield local
 
 
+def files_beside(header: Path, names: Iterable[str]) -> list[str]:
+    """Those of the `names` beside a file that it needs: the voxels, if it is but their header."""
+    if header.suffix.lower() not in _HEADERS:
+        return []
+    with header.open("rb") as stream:
+        told = {name.decode(errors="replace") for name in _DATA_FILE.findall(stream.read(_HEADER_BYTES))}
+    stem = header.name.partition(".")[0]
+    return [name for name in names if name != header.name and (name in told or name.partition(".")[0] == stem)]
+
+
 def _fetch(source: ImageSource, origin: RemotePath, local: ImageSource) -> None:
+    """The store alone is asked: a worker on another machine has no outline."""
+
     def fetch(path: str) -> None:
         target = local.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         (origin / path).download(target)
 
-    if source.file.is_dir():
-        # The outline tells what lies there: of a series, the files directly in its folder.
-        for entry in os.scandir(source.file):
-            if entry.is_file():
-                fetch(f"{source.path}/{entry.name}")
+    try:
+        fetch(source.path)
+    except FileNotFoundError:
+        names = (origin / source.path).files()
+        if not names:
+            raise
+        for name in names:  # of a series, the files directly in its folder
+            fetch(f"{source.path}/{name}")
         return
-    fetch(source.path)
     path = PurePosixPath(source.path)
     if path.suffix.lower() in _HEADERS:
-        beside = {entry.name for entry in os.scandir(source.file.parent) if entry.is_file()} - {path.name}
-        with local.file.open("rb") as header:
-            named = {told.decode(errors="replace") for told in _DATA_FILE.findall(header.read(_HEADER_BYTES))}
-        for name in beside:
-            if name in named or name.partition(".")[0] == path.name.partition(".")[0]:
-                fetch((path.parent / name).as_posix())
+        for name in files_beside(local.file, _folder_of(origin, path).files()):
+            fetch((path.parent / name).as_posix())
+
+
+def _folder_of(origin: RemotePath, path: PurePosixPath) -> RemotePath:
+    return origin if path.parent == PurePosixPath() else origin / path.parent.as_posix()
 
 
 def _of_one_size(root: Path) -> list[Path]:

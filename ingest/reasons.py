@@ -7,6 +7,7 @@ from __future__ import annotations
 
 EXCLUSIONS: dict[str, str] = {
     "declared": "datasets.yaml names the image as one to leave out, with the reason given there.",
+    "excluded_by_user": "overrides.yaml in the raw folder names the image, with the reason given there.",
     "duplicate": "Another file of the dataset has the same bytes, and is kept.",
     "spacing_missing": "A 3-D file states no spacing.",
     "spacing_invalid": "A spacing is zero, negative, infinite or not a number.",
@@ -45,6 +46,7 @@ FAILURES: dict[str, str] = {
 """Reason codes of failed images: the run ends with exit code 1, and a rerun tries them again."""
 
 REMEDIES: dict[str, str] = {
+    "excluded_by_user": "To take it back, delete its entry from overrides.yaml and ingest again.",
     "spacing_missing": "Take the original, not a converted copy, or write the true spacing into its header.",
     "spacing_invalid": "Take the original, not a converted copy, or write the true spacing into its header.",
     "uneven_slices": "Download the series again; if it was taken so, resample it to even steps.",

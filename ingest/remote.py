@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from catalog.corpus import Corpus
 from catalog.durable import replacing
 from catalog.errors import SetupError
+from catalog.index import write_index
 from catalog.manifest import digest_of, read_manifest, seal
 from catalog.remote import local_folder
 from catalog.scratch import NameSet
@@ -28,18 +29,27 @@ from shards.layout import METADATA_FILE, dataset_folder
 
 
 @contextmanager
-def working_copy(place: Location, datasets: Sequence[str], *, write: bool) -> Iterator[Corpus]:
+def working_copy(
+    place: Location, datasets: Collection[str], *, write: bool, whole: bool = False
+) -> Iterator[Corpus]:
     """The corpus that an ingest of some datasets works on; of one in a folder, that itself.
 
     Args:
         write: hold the leases of the datasets, and publish what has been done when the block ends. Otherwise
             the copy is one to look at.
+        whole: publish all files of the datasets, also those that should be there as they are: a repair.
 
-    Raises SetupError if another process writes one of the datasets, StoreError as the store does.
+    Raises SetupError if another process writes one of the datasets, or the place cannot be written, StoreError
+    as the store does.
     """
     if isinstance(place, Path):
         yield Corpus(place)
         return
+    if place.is_web:
+        raise SetupError(
+            f"{place}: a corpus on a web server is only read from. Ingest into a folder or a store that the "
+            "server publishes."
+        )
     if not write:
         with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
             corpus = Corpus(Path(folder), origin=place)
@@ -54,7 +64,7 @@ def working_copy(place: Location, datasets: Sequence[str], *, write: bool) -> It
     with ExitStack() as stack:
         for dataset in sorted(set(datasets)):
             held = stack.enter_context(lease(place, dataset, corpus.private / "leases"))
-            stack.enter_context(_published(corpus, place, dataset, held))
+            stack.enter_context(_published(corpus, place, dataset, held, whole))
         yield corpus
 
 
@@ -66,7 +76,7 @@ def kept_copy(place: Location) -> Corpus:
 
 
 @contextmanager
-def _published(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> Iterator[None]:
+def _published(corpus: Corpus, place: RemotePath, dataset: str, held: Lease, whole: bool) -> Iterator[None]:
     """Begin with what the store has, and bring it there in the end."""
     there, here = _manifest_bytes(place, corpus, dataset), _bytes(corpus.manifest_file(dataset))
     if here is None or there not in (_base(corpus, dataset), here):
@@ -81,12 +91,12 @@ def _published(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> 
     except StoreError:
         raise  # it has been asked often enough
     except BaseException:
-        _publish(corpus, place, dataset, held)
+        _publish(corpus, place, dataset, held, whole)
         raise
-    _publish(corpus, place, dataset, held)
+    _publish(corpus, place, dataset, held, whole)
 
 
-def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> None:
+def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease, whole: bool) -> None:
     """Replace the dataset's files in the store by those of this machine, each by one PUT.
 
     Killed anywhere and called again, it ends the same; see `catalog.manifest` for what readers make of it
@@ -96,7 +106,7 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> No
     catalog = corpus.catalog_file(dataset)
     if not manifest.is_file() or following.is_file():
         return  # nothing yet, or a merge that the next run has to end
-    digests, known = read_manifest(manifest), read_manifest(_base_file(corpus, dataset))
+    digests = read_manifest(manifest)
     unfinished = place / corpus.name_of(following)
     there = _manifest_bytes(place, corpus, dataset)
     if there not in (_base(corpus, dataset), _bytes(manifest)):
@@ -104,10 +114,11 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> No
             f"{dataset}: another ingest has published it in {place} meanwhile, which nothing may overwrite. "
             "Repeat the command: it begins with what is there now."
         )
-    stopped = unfinished.is_file()  # a run that was killed: any file may be its
-    if there != _bytes(manifest) or stopped:
+    everything = whole or unfinished.is_file()  # left by a run that was killed: any file may be its
+    if there != _bytes(manifest) or everything:
+        known = {} if everything else read_manifest(_base_file(corpus, dataset))
         names = map(corpus.name_of, (corpus.split_file(dataset), corpus.preview_file(dataset), catalog))
-        changed = [name for name in names if name in digests and (stopped or digests[name] != known.get(name))]
+        changed = [name for name in names if name in digests and (digests[name] != known.get(name))]
         steps = [(manifest, unfinished)]
         steps += [(corpus.root / name, place / name) for name in changed]
         steps.append((manifest, place / corpus.name_of(manifest)))
@@ -117,6 +128,7 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> No
         unfinished.unlink()
     _remember(corpus, dataset, _bytes(manifest))
     held.check()
+    write_index(place)
     _remove_unreferenced(corpus, place, dataset)
     write_fingerprint(corpus)
     if fingerprint_file(corpus).is_file():

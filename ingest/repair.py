@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from catalog.corpus import Corpus
 from catalog.durable import sync
 from catalog.errors import SetupError
+from catalog.index import write_index
 from catalog.manifest import (
     DamagedManifestError,
     accepted_digests,
@@ -33,12 +34,15 @@ from catalog.manifest import (
     surviving_digests,
 )
 from catalog.scratch import NameSet
+from catalog.store import Location, RemotePath, StoreError
 from ingest.discover import dataset_root
 from ingest.findings import Finding, Verification
 from ingest.found import FoundSources
 from ingest.journal import Journal
 from ingest.ledger import done_paths
 from ingest.names import name_key
+from ingest.outline import RawFolder
+from ingest.overrides import overrides_of
 from ingest.run import IngestPlan, IngestReport, planned
 from ingest.source import ImageSource
 
@@ -56,7 +60,7 @@ _PACK = re.compile(r"/(pack-\d+)-[^/]*$")
 def repair(
     corpus: Corpus,
     specs: Mapping[str, DatasetSpec],
-    raw: Path,
+    raw: RawFolder,
     outcome: Verification,
     workers: int | None,
     ingest: Callable[[list[IngestPlan]], list[IngestReport]],
@@ -67,6 +71,7 @@ def repair(
     that are none of the corpus outside of its shards.
 
     Args:
+        corpus: of one in a store, a working copy that is published whole when this is done.
         specs: entries of datasets.yaml by id.
         raw: the raw folder, looked at only where something must be made anew.
         workers: processes that make arrays anew; by default one per core.
@@ -87,13 +92,16 @@ def repair(
         plans += due
     for report in ingest(plans) if plans else ():
         problems += report.messages
+    write_index(corpus.place)
     return problems
 
 
 class _Mender:
     """Repairs one dataset of a corpus."""
 
-    def __init__(self, corpus: Corpus, dataset: str, spec: DatasetSpec | None, raw: Path, workers: int) -> None:
+    def __init__(
+        self, corpus: Corpus, dataset: str, spec: DatasetSpec | None, raw: RawFolder, workers: int
+    ) -> None:
         self._corpus, self._dataset, self._spec = corpus, dataset, spec
         self._raw, self._workers = raw, workers
         self._journal = Journal(corpus, dataset)
@@ -105,6 +113,8 @@ class _Mender:
         """
         with self._journal.lock():
             problems: list[str] = []
+            if self._corpus.origin is not None:
+                findings = [finding for finding in findings if not self._is_sound_here(finding)]
             kinds = ("damaged", "missing", "unproven")
             hurt = {self._corpus.root / finding.file for finding in findings if finding.kind in kinds}
             lost = {self._corpus.root / finding.file for finding in findings if _is_file_lost(finding)}
@@ -129,6 +139,17 @@ class _Mender:
             }
             unfit, more = self._rewrite(table, arrays)
             return self._plan_rows(table, wrong | unfit), problems + more
+
+    def _is_sound_here(self, finding: Finding) -> bool:
+        """Whether the working copy has the file that is damaged in the store: it only needs to be sent."""
+        file = self._corpus.root / finding.file
+        if finding.keys or file not in self._files() or not file.is_file():
+            return False
+        try:
+            accepted = accepted_digests(self._corpus, self._dataset)
+        except DamagedManifestError:
+            return False
+        return digest_of(file) in accepted.get(finding.file, set())
 
     def _files(self) -> tuple[Path, Path, Path]:
         corpus, dataset = self._corpus, self._dataset
@@ -225,11 +246,11 @@ class _Mender:
     def _remove_strays(self, findings: Iterable[Finding], referenced: set[str]) -> None:
         """Only below the dataset's shards, where nothing but arrays has a place; the rest is the user's."""
         for finding in findings:
-            path = self._corpus.root / finding.file
+            path = self._corpus.place / finding.file
             inside_an_array = finding.file.startswith("shards/") and finding.file.count("/") == 3
             # An array that no row named when it was looked at may have got one since, by the merge.
             if finding.kind == "stray" and path.exists() and (inside_an_array or path.is_file()):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
         kept = NameSet()
         kept.add(referenced)
         self._journal.remove_unreferenced_shards(kept)
@@ -250,9 +271,11 @@ class _Mender:
         for path, shape, index, sha256 in zip(*columns, strict=True):
             if path is not None and sha256 is None and path not in known:
                 chunk = volume_chunk(tuple(shape)) if index is None else pack_chunk(tuple(shape))
-                file = self._corpus.shards_folder / path / SHARD_FILE
+                file = self._corpus.shards / path / SHARD_FILE
                 try:
                     known[path] = checked_digest(file, chunk_grid(tuple(shape), chunk))[1]
+                except StoreError:  # it says nothing about the array
+                    raise
                 except (ValueError, OSError):
                     known[path] = None  # to be made anew
         if not known:
@@ -282,6 +305,7 @@ class _Mender:
             "shard_shape",
             "shard_index",
             "shard_sha256",
+            "entry_hash",
         ]
         chosen = table.filter(pc.is_in(table["shard_path"], pa.array(sorted(arrays)))).select(names)
         rows: dict[str, list[Row]] = defaultdict(list)
@@ -289,6 +313,7 @@ class _Mender:
             rows[row["shard_path"]].append(row)
         sources = self._sources()
         found = {source.public_path: source for source in sources}
+        origin = self._origin(sources.root)
         unfit: set[str] = set()
         problems = []
         jobs = {}
@@ -306,7 +331,10 @@ class _Mender:
                     )
                     continue
                 origins = [found[name] for name in dict.fromkeys(row["source_path"] for row in members)]
-                jobs[path] = pool.submit(remake_array, self._corpus, members, origins)
+                lossless = members[0]["entry_hash"].startswith(sources.spec.entry_hash(lossless=True))
+                jobs[path] = pool.submit(
+                    remake_array, self._corpus, members, origins, origin, lossless=lossless
+                )
             for path, job in jobs.items():
                 if problem := job.result():
                     problems.append(f"shards/{path} cannot be made anew: {problem}")
@@ -318,15 +346,23 @@ class _Mender:
                 f"{self._dataset}: no datasets.yaml has this entry, so its images cannot be found. Give --raw "
                 "with the raw folder that holds it."
             )
-        root = dataset_root(self._spec, self._raw)
+        self._raw.outline(self._spec)
+        root = dataset_root(self._spec, self._raw.folder)
         names = name_key(self._corpus) if self._spec.private_names else None
-        return FoundSources(self._spec, root, names)
+        return FoundSources(self._spec, root, names, overrides_of(self._dataset, self._raw.folder))
 
     def _planned(self, paths: Collection[str]) -> IngestPlan:
         """The plan of a call that ingests the sources of these paths and no others."""
         sources = self._sources()
         sources.select_paths(paths)
-        return planned(sources.spec, self._corpus, sources)
+        return self._plan_of(sources)
+
+    def _plan_of(self, sources: FoundSources) -> IngestPlan:
+        return replace(planned(sources.spec, self._corpus, sources), origin=self._origin(sources.root))
+
+    def _origin(self, root: Path) -> RemotePath | None:
+        """Where the images lie, if the folder only outlines them."""
+        return None if self._raw.origin is None else self._raw.origin_of(root)
 
     def _placement(self) -> pa.Table | None:
         """Which source lies in which array, if a damaged catalog can still tell."""
@@ -380,8 +416,8 @@ class _Mender:
         merge_dataset(self._corpus, self._dataset, [], [], reread=paths)
         shared = set(others["shard_path"].to_pylist())
         for path in set(concerned["shard_path"].to_pylist()) - {None} - shared:
-            shutil.rmtree(self._corpus.shards_folder / path, ignore_errors=True)
-        return [planned(sources.spec, self._corpus, sources)]
+            _remove(self._corpus.shards / path)
+        return [self._plan_of(sources)]
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._corpus.root).as_posix()
@@ -412,16 +448,38 @@ def calls_of(placement: pa.Table) -> dict[str, int]:
     return calls
 
 
-def remake_array(corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSource]) -> str | None:
+def _remove(path: Location) -> None:
+    """Delete a file or folder, or the objects below a place, if there are any."""
+    if isinstance(path, RemotePath):
+        for item in path.walk():
+            (path / item.name).unlink()
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remake_array(
+    corpus: Corpus,
+    rows: Sequence[Row],
+    sources: Sequence[ImageSource],
+    origin: RemotePath | None = None,
+    *,
+    lossless: bool = False,
+) -> str | None:
     """Put an array in its place again, from the raw images; returns what stands against it, if anything.
 
     Args:
         rows: all of the array's, by shard_index.
         sources: the sources they come from.
+        origin: where these lie, if their folder only outlines them.
+        lossless: whether true floats had been kept as they are.
     """
+    from ingest.outline import at_hand
     from ingest.reasons import FailedImage
     from ingest.task import images_of, use_one_thread
-    from shards.layout import PROFILES, TEMPORARY_PREFIX
+    from shards.layout import PROFILES
     from shards.write import write_pack, write_volume
 
     use_one_thread()
@@ -429,16 +487,17 @@ def remake_array(corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSou
     hashes = {row["key"]: row["source_hash"] for row in rows}
     for source in sources:
         try:
-            for image in images_of(source):
-                if not isinstance(image, dict) and image.row["key"] in hashes:
-                    images[image.row["key"]] = image
+            with at_hand(source, origin) as local:
+                for image in images_of(local, lossless=lossless):
+                    if not isinstance(image, dict) and image.row["key"] in hashes:
+                        images[image.row["key"]] = image
         except FailedImage as outcome:
             return outcome.message
     for key, source_hash in hashes.items():
         if key not in images or images[key].row["source_hash"] != source_hash:
             return f"the raw file of {key} has changed since. `pumit-data ingest` takes the new one."
-    target = corpus.shards_folder / rows[0]["shard_path"]
-    scratch = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    target = corpus.shards / rows[0]["shard_path"]
+    scratch = _beside(target)
     voxels = [images[row["key"]].voxels for row in rows]
     try:
         for profile in PROFILES:
@@ -448,10 +507,7 @@ def remake_array(corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSou
             else:
                 stored = write_pack(scratch, name, voxels, profile)
             if stored.sha256 == rows[0]["shard_sha256"]:
-                if target.exists():
-                    target.rename(scratch / "ruin")
-                (scratch / name).rename(target)
-                sync(target.parent)
+                _put(scratch / name, target)
                 return None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -459,6 +515,28 @@ def remake_array(corpus: Corpus, rows: Sequence[Row], sources: Sequence[ImageSou
         "its images do not give the voxels that were recorded, so another version of PUMIT-data or of its "
         "libraries wrote them. Delete the array and ingest again to take what this version makes."
     )
+
+
+def _beside(target: Location) -> Path:
+    """A folder from which an array can be put in its place."""
+    from shards.layout import TEMPORARY_PREFIX
+
+    if isinstance(target, RemotePath):
+        return Path(tempfile.mkdtemp(prefix="pumit-data-"))
+    return target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+
+
+def _put(array: Path, target: Location) -> None:
+    from shards.layout import METADATA_FILE, SHARD_FILE
+
+    if isinstance(target, RemotePath):
+        for name in (SHARD_FILE, METADATA_FILE):
+            (target / name).write(array / name)
+        return
+    if target.exists():
+        target.rename(array.parent / "ruin")
+    array.rename(target)
+    sync(target.parent)
 
 
 def _is_file_lost(finding: Finding) -> bool:

@@ -28,15 +28,18 @@ from catalog.store import RemotePath, StoreError
 from ingest.discover import dataset_root
 from ingest.drive import run_tasks
 from ingest.found import FoundSources, Group
-from ingest.journal import Journal
+from ingest.journal import Journal, Stamp
 from ingest.ledger import as_known_error
 from ingest.names import NameKey
+from ingest.overrides import overrides_of
 from ingest.runs import run_log
 from ingest.spec import DatasetSpec
 from ingest.task import IngestTask, Outcomes, TaskResult, task_name
 
 if TYPE_CHECKING:
     from distributed import Client
+
+    from shards.layout import Profile
 
 _VOLUMES_AT_ONCE = 64
 """So many small volumes make one task at most, ..."""
@@ -68,6 +71,8 @@ class IngestPlan:
     """The options that narrowed it down."""
     origin: RemotePath | None = None
     """Where the images lie, if `root` only outlines them."""
+    lossless: bool = False
+    """Keep true floats as they are."""
 
 
 @dataclass
@@ -95,6 +100,7 @@ def plan_ingest(
     limit: int | None = None,
     names: NameKey | None = None,
     origin: RemotePath | None = None,
+    lossless: bool | None = None,
 ) -> IngestPlan:
     """Find the sources of a dataset and what is left to do.
 
@@ -103,30 +109,37 @@ def plan_ingest(
         limit: at most so many sources, the first by key.
         names: makes the ids of a dataset whose names are private.
         origin: where the images lie, if `raw` only outlines them.
+        lossless: keep true floats as they are, or not; by default as the dataset's last ingest did.
 
     Raises:
-        SetupError: missing or empty raw folder, bad regular expression.
+        SetupError: missing or empty raw folder, bad regular expression, wrong overrides.yaml.
     """
     root = dataset_root(spec, raw)
     try:
         pattern = re.compile(only or "")
     except re.error as error:
         raise SetupError(f"--only {only!r} is no regular expression: {error}.") from error
-    sources = FoundSources(spec, root, names)
+    sources = FoundSources(spec, root, names, overrides_of(spec.id, raw))
     sources.select(pattern, limit)
     options = {"--only": only, "--limit": limit}
     arguments = tuple(f"{name}={value}" for name, value in options.items() if value is not None)
     place = None if origin is None else origin / root.relative_to(raw.absolute()).as_posix()
-    return replace(planned(spec, corpus, sources, arguments), origin=place)
+    return replace(planned(spec, corpus, sources, arguments, lossless), origin=place)
 
 
 def planned(
-    spec: DatasetSpec, corpus: Corpus, sources: FoundSources, arguments: tuple[str, ...] = ()
+    spec: DatasetSpec,
+    corpus: Corpus,
+    sources: FoundSources,
+    arguments: tuple[str, ...] = (),
+    lossless: bool | None = None,
 ) -> IngestPlan:
-    """The plan for what is selected of `sources`."""
+    """The plan for what is selected of `sources`; `lossless` as of `plan_ingest`."""
     from ingest.image import NORMALISATION_VERSION
 
-    sources.compare(Journal(corpus, spec.id), corpus, NORMALISATION_VERSION)
+    journal = Journal(corpus, spec.id)
+    lossless = journal.lossless if lossless is None else lossless
+    sources.compare(journal, corpus, NORMALISATION_VERSION, lossless=lossless)
     return IngestPlan(
         spec=spec,
         root=sources.root,
@@ -136,6 +149,7 @@ def planned(
         pending=sources.pending,
         pending_bytes=sources.pending_bytes,
         arguments=arguments,
+        lossless=lossless,
     )
 
 
@@ -153,6 +167,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
         SetupError: the corpus cannot be written, another ingest of the dataset is running, or the scheduler
             is gone.
     """
+    from catalog.index import write_index
     from catalog.manifest import settle
     from catalog.split import hold_out
     from ingest.image import NORMALISATION_VERSION
@@ -163,7 +178,7 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
     corpus = replace(corpus, root=corpus.root.absolute())  # workers may have been started elsewhere
     journal = Journal(corpus, dataset)
     with (
-        _explained(dataset, corpus),
+        explained(dataset, corpus),
         journal.lock(),
         run_log(corpus, dataset, plan.arguments, workers=_workers(client), pending=plan.pending) as log,
     ):
@@ -172,28 +187,37 @@ def ingest_dataset(plan: IngestPlan, corpus: Corpus, client: Client | None, prog
             remove_leftovers(corpus.shards_folder, dataset)
             held_out = hold_out(corpus, dataset, sources.subjects())
             # Looked at again under the lock: a run that just ended, or was killed, may have done some of it.
-            sources.compare(journal, corpus, NORMALISATION_VERSION)
+            sources.compare(journal, corpus, NORMALISATION_VERSION, lossless=plan.lossless)
             sources.assign_packs(journal, PACK_SIZE)
             sources.note_aliases(journal)
             pending = sources.pending
             at_once = min(_VOLUMES_AT_ONCE, max(1, pending // (_TASKS_OF_A_WORKER * max(1, _workers(client)))))
             report = IngestReport(dataset, plan.found, plan.selected - pending)
-            tasks = (_task(plan, group, corpus, run, held_out) for group in sources.groups(at_once))
+            if plan.lossless != journal.lossless:
+                journal.choose_lossless(plan.lossless)
+            profile = journal.profile
+            tasks = (_task(plan, group, corpus, run, held_out, profile) for group in sources.groups(at_once))
             with _merging(journal) as merge_if_due:
                 done = 0
                 for task, result in _run_on_cluster(tasks, client) if client is not None else ():
+                    if result.record is not None:
+                        journal.record(run, task.name, *result.record)
                     done += len(task.places)
                     report.run += result.outcomes
                     log.task_done(len(task.places), result)
                     progress(done, pending, report.run)
                     merge_if_due()
         report.total, report.messages = _summary(corpus, dataset, journal)
+        if corpus.origin is None:
+            write_index(corpus.root)
         log.end("done", report.total)
     return report
 
 
-def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: frozenset[str]) -> IngestTask:
-    return IngestTask(
+def _task(
+    plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: frozenset[str], profile: Profile
+) -> IngestTask:
+    task = IngestTask(
         name=task_name(group.places[0].path) if group.pack is None else f"pack-{group.pack:05d}",
         run=run,
         dataset=plan.spec.id,
@@ -203,8 +227,13 @@ def _task(plan: IngestPlan, group: Group, corpus: Corpus, run: str, held_out: fr
         kinds=group.kinds,
         places=group.places,
         validation_subjects=held_out & {place.subject for place in group.places},
-        entry_hash=plan.spec.entry_hash(),
+        entry_hash=plan.spec.entry_hash(lossless=plan.lossless),
+        profile=profile,
+        lossless=plan.lossless,
     )
+    if plan.origin is None:
+        return task
+    return replace(task, stamps={source.public_path: Stamp.if_any(source.file) for source in task.sources})
 
 
 def _workers(client: Client | None) -> int:
@@ -250,7 +279,7 @@ def _merging(journal: Journal) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _explained(dataset: str, corpus: Corpus) -> Iterator[None]:
+def explained(dataset: str, corpus: Corpus) -> Iterator[None]:
     """Turn an OSError on the corpus into one line that says what to do."""
     try:
         try:

@@ -38,6 +38,8 @@ class ImageSource:
     """Weight of the file: that of the dataset, or the share of it that the file has."""
     share_weight: bool | Literal["after-first"] = False
     """The n volumes of the file share its weight; `after-first`: all but the first do."""
+    overrides: tuple[tuple[int | None, str], ...] = ()
+    """What the user's overrides.yaml leaves out: number of a volume, or null for all, and why."""
     exclude: tuple[str, str] | None = None
     """(reason code, message) when datasets.yaml leaves this source out by name."""
     failure: tuple[str, str] | None = None
@@ -50,6 +52,10 @@ class ImageSource:
     @property
     def public_path(self) -> str:
         return self.path if self.alias is None else self.alias
+
+    def overridden(self, index: int | None) -> str | None:
+        """Why the user leaves out a volume, or, for null, the whole; null if it is not left out."""
+        return next((why for volume, why in self.overrides if volume in (None, index)), None)
 
     @property
     def modalities(self) -> tuple[str, ...]:

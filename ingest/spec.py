@@ -236,7 +236,8 @@ class DatasetSpec(Declared):
     """Names of files and folders may identify people: key, subject and path enter catalog, shards and logs as
     keyed ids. A user's own entry has it unless it says false."""
     left_out: Text | None = None
-    """Why `--all` and the default mix leave this dataset out; it can still be asked for by name."""
+    """Why `--all` leaves this dataset out; it can still be asked for by name. The mixes that come with
+    PUMIT-data leave out those of the entries that come with it."""
     published: Published = Published()
     notes: tuple[Text, ...] = ()
     """What a user should know of the dataset that no other field says."""
@@ -273,8 +274,8 @@ class DatasetSpec(Declared):
     def formats(self) -> list[str]:
         return _distinct(group.format for group in self.images)
 
-    def entry_hash(self) -> str:
-        """sha256 (hexadecimal) of the fields that shape catalog rows and voxels.
+    def entry_hash(self, *, lossless: bool = False) -> str:
+        """sha256 (hexadecimal) of what shapes catalog rows and voxels: fields, and how floats are stored.
 
         Title, licence, access, download and citation do not; nor does `ignore`, which only keeps files out.
         Fields at their default are left out, so that a new optional field changes no hash.
@@ -284,6 +285,8 @@ class DatasetSpec(Declared):
             include={"id", "images", "exclusions", "one_copy", "private_names", "sampling_weight"},
             exclude_defaults=True,
         )
+        if lossless:
+            shaping["lossless"] = True
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 
@@ -365,12 +368,9 @@ def _shipped_specs() -> dict[str, DatasetSpec]:
 
 
 def _load(path: Path, *, private_names: bool = False) -> dict[str, DatasetSpec]:
-    entries = _parse(path)
-    if not isinstance(entries, list):
-        raise SetupError(f"{path}: must be a list of entries, each beginning with `- id: ...`.")
     specs: dict[str, DatasetSpec] = {}
     problems: list[str] = []
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(parse_entries(path, "- id: ..."), start=1):
         name = repr(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {number}"
         try:
             spec = DatasetSpec.model_validate(
@@ -385,6 +385,17 @@ def _load(path: Path, *, private_names: bool = False) -> dict[str, DatasetSpec]:
     if problems:
         raise SetupError("\n".join(problems))
     return specs
+
+
+def parse_entries(path: Path, beginning: str) -> list[Any]:
+    """The items of a YAML file that is a list; no key may stand twice in one of them.
+
+    Raises SetupError if it cannot be read, is no YAML or no list; `beginning` is how an item begins.
+    """
+    entries = _parse(path)
+    if not isinstance(entries, list):
+        raise SetupError(f"{path}: must be a list of entries, each beginning with `{beginning}`.")
+    return entries
 
 
 def _parse(path: Path) -> Any:

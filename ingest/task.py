@@ -6,11 +6,13 @@ are named by their content, and the record is replaced by an equal one.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from catalog.corpus import Corpus
 from catalog.store import RemotePath
 from ingest.journal import Journal, Stamp
+from ingest.overrides import REASON, declared_hash, from_text
 from ingest.readers import name
 from ingest.reasons import ExcludedImage, FailedImage, full_message
 from ingest.source import ImageSource, shared_weight
@@ -25,6 +28,7 @@ from ingest.source import ImageSource, shared_weight
 if TYPE_CHECKING:
     from ingest.image import Normalised
     from ingest.volume import Volume
+    from shards.layout import Profile
 
 _SIZE_BUCKET = 128
 """2-D images share a pack when their sides round up to the same multiple: little padding, few packs."""
@@ -48,6 +52,8 @@ class Place(NamedTuple):
     """Number of files that share the weight."""
     copy_of: str | None = None
     """Name of the file that has the same bytes, and is kept."""
+    override: str | None = None
+    """What the user's overrides.yaml says of it, as `ingest.overrides.as_text` has it."""
 
     def source(self, kind: ImageSource, root: Path) -> ImageSource:
         """The source at this place."""
@@ -63,6 +69,7 @@ class Place(NamedTuple):
             subject=self.subject,
             alias=self.alias,
             weight=weight,
+            overrides=from_text(self.override),
             exclude=exclude,
         )
 
@@ -86,6 +93,12 @@ class IngestTask:
     entry_hash: str
     origin: RemotePath | None = None
     """Where the images lie, if the folder of `sources` only outlines them."""
+    stamps: Mapping[str, Stamp] | None = None
+    """By public path, as the outline tells them, which a worker may not see; None where there is none."""
+    profile: Profile = "fast"
+    """Codec of the arrays."""
+    lossless: bool = False
+    """Keep true floats as they are."""
 
     @property
     def sources(self) -> list[ImageSource]:
@@ -105,17 +118,36 @@ class TaskResult:
     """Key, status and reason of each image that was not ingested."""
     source_bytes: int
     stored_bytes: int
+    record: Record | None = None
+    """What the driver is to put into the journal, of a corpus in a store; else the worker has done so."""
+
+
+class Record(NamedTuple):
+    """The outcome of a task, as `Journal.record` takes it."""
+
+    rows: list[dict[str, Any]]
+    stamps: Mapping[str, Stamp]
+
+
+class UnseenFolderError(OSError):
+    """The folder of the raw images is not there: this machine has it elsewhere, or not at all."""
 
 
 def run_task(task: IngestTask) -> TaskResult:
     """Ingest the sources of one task and record the outcome.
 
+    Where the corpus is in a store, arrays go there, and the outcome goes back to the driver: nothing but the
+    store, and the raw images, need be in reach of the worker.
+
     An image that cannot be read or used becomes a row with its reason. Raises OSError only when the corpus
-    cannot be written (no space, no permission, or RunEndedError: the driver of the task is gone).
+    cannot be written (no space, no permission, or RunEndedError: the driver of the task is gone), and
+    UnseenFolderError.
     """
     use_one_thread()
-    with Journal(task.corpus, task.dataset).taking_part(task.run):
-        stamps = {source.public_path: Stamp.if_any(source.file) for source in task.sources}
+    with _taking_part(task):
+        if task.origin is None and not task.root.is_dir():
+            raise UnseenFolderError(errno.ENOENT, "there is no such folder", str(task.root))
+        stamps = _stamps(task)
         try:
             rows = list(_pack_rows(task) if task.is_pack else _volume_rows(task))
         except OSError:
@@ -123,6 +155,28 @@ def run_task(task: IngestTask) -> TaskResult:
         except Exception as error:  # a fault on the way from image to shard must not end the run
             rows = [_failed_row(source, _failure(source, error)) for source in task.sources]
         return _record(task, rows, stamps)
+
+
+@contextmanager
+def _taking_part(task: IngestTask) -> Iterator[None]:
+    """As `Journal.taking_part`. A store needs none: what a worker still writes there when its run has ended is
+    an array without a row, and harmless."""
+    if task.corpus.origin is not None:
+        yield
+        return
+    with Journal(task.corpus, task.dataset).taking_part(task.run):
+        yield
+
+
+def _check_open(task: IngestTask) -> None:
+    if task.corpus.origin is None:
+        Journal(task.corpus, task.dataset).check_open(task.run)
+
+
+def _stamps(task: IngestTask) -> Mapping[str, Stamp]:
+    if task.stamps is not None:
+        return task.stamps
+    return {source.public_path: Stamp.if_any(source.file) for source in task.sources}
 
 
 def halves(task: IngestTask) -> tuple[IngestTask, IngestTask]:
@@ -147,24 +201,30 @@ def record_lost_task(task: IngestTask) -> TaskResult:
         )
         for source in task.sources
     ]
-    return _record(task, rows, {source.public_path: Stamp.if_any(source.file) for source in task.sources})
+    return _record(task, rows, _stamps(task))
 
 
-def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: dict[str, Stamp]) -> TaskResult:
+def _record(task: IngestTask, rows: list[dict[str, Any]], stamps: Mapping[str, Stamp]) -> TaskResult:
+    declared = {
+        place.alias or place.path: declared_hash(task.entry_hash, place.override) for place in task.places
+    }
     complete = [
         row
         | {
-            "entry_hash": task.entry_hash,
+            "entry_hash": declared[row["source_path"]],
             "split": "validation" if row["subject"] in task.validation_subjects else "train",
         }
         for row in rows
     ]
-    Journal(task.corpus, task.dataset).record(task.run, task.name, complete, stamps)
+    is_far = task.corpus.origin is not None
+    if not is_far:
+        Journal(task.corpus, task.dataset).record(task.run, task.name, complete, stamps)
     return TaskResult(
         outcomes=Counter((row["status"], row["reason"] or "") for row in complete),
         unfit=[(row["key"], row["status"], row["reason"]) for row in complete if row["status"] != "ingested"],
         source_bytes=sum(max(stamp.size, 0) for stamp in stamps.values()),
         stored_bytes=sum(row.get("stored_bytes") or 0 for row in complete),
+        record=Record(complete, stamps) if is_far else None,
     )
 
 
@@ -176,7 +236,7 @@ def use_one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
+def images_of(source: ImageSource, *, lossless: bool = False) -> Iterator[Normalised | dict[str, Any]]:
     """Each image of a source, normalised; or, for an unfit one, its finished row.
 
     Raises FailedImage, perhaps after some images: it speaks for the whole source, and none of them is to be
@@ -190,19 +250,23 @@ def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
         return excluded_row(source, explained, index, count, volume) | {"preview": None}
 
     try:
-        if source.failure is not None:
-            reason, why = source.failure
-            raise FailedImage(reason, f"{name(source)}: {why}")
         if source.exclude is not None:
             reason, why = source.exclude
             raise ExcludedImage(reason, f"{name(source)}: {why}")
+        if (overridden := _if_overridden(source, None)) is not None:
+            raise overridden
+        if source.failure is not None:
+            reason, why = source.failure
+            raise FailedImage(reason, f"{name(source)}: {why}")
         count = 2  # only one of several is yielded as excluded; a single one is raised
         for position, volume in enumerate(read_volumes(source)):
             if isinstance(volume, ExcludedImage):
-                yield unfit(volume, position, count, None)
+                yield unfit(_if_overridden(source, position) or volume, position, count, None)
                 continue
             try:
-                yield normalise(volume, source)
+                if volume.count > 1 and (outcome := _if_overridden(source, volume.index)) is not None:
+                    raise outcome
+                yield normalise(volume, source, lossless=lossless)
             except ExcludedImage as outcome:
                 yield unfit(outcome, volume.index, volume.count, volume)
     except ExcludedImage as outcome:
@@ -212,12 +276,19 @@ def images_of(source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
         raise _failure(source, error) from None
 
 
+def _if_overridden(source: ImageSource, index: int | None) -> ExcludedImage | None:
+    """Set if the user leaves out a volume of the source, or, for null, the whole."""
+    why = source.overridden(index)
+    which = "" if index is None else f", volume {index}"
+    return None if why is None else ExcludedImage(REASON, f"{name(source)}{which}: {why}")
+
+
 def _fetched_images(task: IngestTask, source: ImageSource) -> Iterator[Normalised | dict[str, Any]]:
     """As `images_of`, wherever the files lie. Raises also StoreError."""
     from ingest.outline import at_hand
 
     with at_hand(source, task.origin) as local:
-        yield from images_of(local)
+        yield from images_of(local, lossless=task.lossless)
 
 
 def _failure(source: ImageSource, error: Exception) -> FailedImage:
@@ -257,9 +328,9 @@ def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
     from shards.layout import array_name
     from shards.write import write_volume
 
-    Journal(task.corpus, task.dataset).check_open(task.run)
-    name = array_name(task.dataset, image.row["key"], _identity(task, [image.row]))
-    stored = write_volume(task.corpus.shards, name, image.voxels)
+    _check_open(task)
+    name = array_name(task.dataset, image.row["key"], _identity(task, [image.row]), task.profile)
+    stored = write_volume(task.corpus.shards, name, image.voxels, task.profile)
     return image.row | {
         "preview": image.preview,
         "shard_path": stored.path,
@@ -305,9 +376,10 @@ def _write_pack(task: IngestTask, pack: str, images: list[Normalised]) -> Iterat
     from shards.layout import array_name
     from shards.write import write_pack
 
-    Journal(task.corpus, task.dataset).check_open(task.run)
-    name = array_name(task.dataset, pack, _identity(task, [image.row for image in images]))
-    stored = write_pack(task.corpus.shards, name, [image.voxels for image in images])
+    _check_open(task)
+    identity = _identity(task, [image.row for image in images])
+    name = array_name(task.dataset, pack, identity, task.profile)
+    stored = write_pack(task.corpus.shards, name, [image.voxels for image in images], task.profile)
     for index, image in enumerate(images):
         yield image.row | {
             "preview": image.preview,

@@ -19,12 +19,14 @@ from urllib.parse import unquote
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
+from catalog.index import is_listed
 from catalog.manifest import DamagedManifestError, accepted_digests, digest_of, read_manifest, surviving_digests
 from catalog.spacing import da_level, degree_of_anisotropy
 from catalog.store import Location, RemotePath, StoreError
 from ingest.findings import Amount, Finding, Kind, Verification
 from ingest.journal import Journal
 from ingest.lease import refuse_writer
+from ingest.overrides import Overrides, as_text, declared_hash, source_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,6 +57,7 @@ def verify(
     specs: Mapping[str, DatasetSpec],
     datasets: Collection[str] | None = None,
     *,
+    overrides: Mapping[str, Overrides] | None = None,
     deep: bool = False,
     workers: int | None = None,
     progress: Progress = lambda done, total: None,
@@ -64,6 +67,7 @@ def verify(
     Args:
         specs: entries of datasets.yaml by id, to tell stale rows; a dataset without one gets a note.
         datasets: only these; by default all there are.
+        overrides: what the user leaves out, by dataset; None: not known, and so not compared.
         deep: also decode every voxel and compare the statistics computed from them with those of its row.
         workers: threads, or processes for `deep`; by default one per core. In memory are at most so many
             volumes (`deep`) and the columns compared, of one dataset at a time.
@@ -91,7 +95,8 @@ def verify(
         pool = stack.enter_context(worker_pool(count, processes=deep))
         total = sum(_size_on_disk(corpus, dataset) for dataset in chosen)
         for dataset in chosen:
-            _verify_dataset(_Work(corpus, dataset, outcome, pool, count, total, progress), specs)
+            work = _Work(corpus, dataset, outcome, pool, count, total, progress)
+            _verify_dataset(work, specs, None if overrides is None else overrides.get(dataset, Overrides()))
     outcome.findings.sort()
     return outcome
 
@@ -146,7 +151,7 @@ class _ArrayOutcome:
     strays: list[str]
 
 
-def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
+def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec], overrides: Overrides | None) -> None:
     from catalog.query import read_table, remedy_of
     from catalog.schema import CATALOG_SCHEMA
 
@@ -159,6 +164,7 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
         if not stopped:
             _stray_arrays(work, set())
         return
+    _look_up(work)
     if not trusted:
         work.outcome.notes.append(
             f"{dataset}: its arrays were not compared, for the catalog that knows their sha256 is damaged."
@@ -172,7 +178,7 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
         work.found(catalog, "damaged", str(error))
         return
     work.amount.rows += table.num_rows
-    _stale_rows(work, table, specs)
+    _stale_rows(work, table, specs, overrides)
     if not stopped:
         _stray_arrays(work, set(table["shard_path"].to_pylist()))
     for array, outcome in _checked(work, table):
@@ -244,7 +250,10 @@ def _unfinished(work: _Work) -> bool:
     return tasks > 0 or corpus.next_manifest_file(dataset).is_file()
 
 
-def _stale_rows(work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec]) -> None:
+def _stale_rows(
+    work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec], overrides: Overrides | None
+) -> None:
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     from ingest.image import NORMALISATION_VERSION
@@ -270,8 +279,26 @@ def _stale_rows(work: _Work, table: pa.Table, specs: Mapping[str, DatasetSpec]) 
             "Entries of your own lie in the raw folder: give --raw."
         )
         return
-    changed = table.filter(pc.not_equal(table["entry_hash"], spec.entry_hash()))
-    report(changed, "the entry in datasets.yaml has changed since", again)
+    entries = [spec.entry_hash(), spec.entry_hash(lossless=True)]
+    of_entry = pc.utf8_slice_codeunits(table["entry_hash"], 0, len(entries[0]))
+    of_overrides = pc.utf8_slice_codeunits(table["entry_hash"], len(entries[0]))
+    changed = pc.invert(pc.is_in(of_entry, pa.array(entries)))
+    report(table.filter(changed), "the entry in datasets.yaml has changed since", again)
+    if overrides is None:
+        if pc.any(pc.not_equal(of_overrides, "")).as_py():
+            work.outcome.notes.append(
+                f"{work.dataset}: whether overrides.yaml has changed since was not looked at. It lies in the "
+                "raw folder: give --raw."
+            )
+        return
+    if overrides:
+        keys = table["key"].to_pylist()
+        texts = (as_text(overrides.of(source_key(key))) for key in keys)
+        expected = pa.array([declared_hash("", text) for text in texts], pa.string())
+    else:
+        expected = pa.scalar("")
+    differing = pc.and_not(pc.not_equal(of_overrides, expected), changed)
+    report(table.filter(differing), "what overrides.yaml says of it has changed since", again)
 
 
 def _stray_tops(corpus: Corpus, known: Collection[str]) -> Iterator[Finding]:
@@ -282,12 +309,18 @@ def _stray_tops(corpus: Corpus, known: Collection[str]) -> Iterator[Finding]:
     ours |= {corpus.shards / dataset_folder(dataset) for dataset in known}
     ours |= {corpus.catalog_file(dataset).parent for dataset in known}
     ours |= {split.parent / f".tmp-{split.name}" for split in ours}  # these are told of with their dataset
+    ours |= {corpus.index_file, corpus.duplicates_file}
     folders: list[Location] = [corpus.root / "catalog", corpus.split_file("x").parent, corpus.shards]
     for folder in folders:
         for path in _children(folder):
             if path not in ours:
                 name = corpus.name_of(path)
                 yield Finding("", name, "stray", "no file of a corpus", "move it elsewhere or delete it")
+
+
+def _look_up(work: _Work) -> None:
+    if not is_listed(work.corpus.root, work.dataset):
+        work.found(work.corpus.index_file, "damaged", f"it does not name {work.dataset}")
 
 
 def _stray_files(work: _Work) -> None:
@@ -308,10 +341,26 @@ def _stray_arrays(work: _Work, referenced: set[str | None]) -> None:
     from shards.layout import dataset_folder
 
     folder = work.corpus.shards / dataset_folder(work.dataset)
+    named = {name for name in map(_any_profile, referenced - {None}) if name is not None}
     for path in _children(folder):
-        if f"{folder.name}/{path.name}" not in referenced:
+        name = f"{folder.name}/{path.name}"
+        if name not in referenced:
+            problem = "no row of the catalog names it"
             remedy = f"pumit-data verify {work.dataset} --repair removes it, as the next ingest does"
-            work.found(path, "stray", "no row of the catalog names it", remedy)
+            if _any_profile(name) in named:
+                problem = "left by a repack that was stopped"
+                remedy = f"repeat that pumit-data repack {work.dataset}, or let --repair remove it"
+            work.found(path, "stray", problem, remedy)
+
+
+def _any_profile(path: str | None) -> str | None:
+    """What the names of one array in all codec profiles share; None of a path that is no array's."""
+    from shards.layout import in_profile
+
+    try:
+        return None if path is None else in_profile(path, "fast")
+    except ValueError:
+        return None
 
 
 def _checked(work: _Work, table: pa.Table) -> Iterator[tuple[_Array, _ArrayOutcome]]:
@@ -508,8 +557,9 @@ def _datasets(corpus: Corpus) -> list[str]:
 
 
 def _children(folder: Location) -> list[Location]:
-    """What lies in a folder, if it is there, by name."""
-    found: Iterable[Location] = folder.iterdir() if folder.is_dir() else ()
+    """What lies in a folder, if it is there, by name. What a web server has beside it, nobody can see."""
+    hidden = isinstance(folder, RemotePath) and folder.is_web
+    found: Iterable[Location] = folder.iterdir() if not hidden and folder.is_dir() else ()
     return sorted(found, key=lambda path: path.name)
 
 
@@ -553,18 +603,33 @@ def _no_ingest(corpus: Corpus, dataset: str) -> Iterator[None]:
 def worker_pool(workers: int, *, processes: bool) -> Iterator[Executor]:
     """Threads, for what reads and hashes, or processes, for what computes; a single worker is a thread."""
     import multiprocessing
-    import signal
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
     pool: Executor
     if processes and workers > 1:
-        # TensorStore's threads do not survive a fork. Ctrl-C reaches the whole group, and one answer is enough.
+        # TensorStore's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        ignore = (signal.SIGINT, signal.SIG_IGN)
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     else:
         pool = ThreadPoolExecutor(workers)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Ctrl-C reaches the whole group, and one answer is enough; nobody is to outlive a killed driver."""
+    import multiprocessing
+    import signal
+    from threading import Thread
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    driver = multiprocessing.parent_process()
+
+    def end_with_driver() -> None:
+        if driver is not None:
+            driver.join()
+            os._exit(1)
+
+    Thread(target=end_with_driver, daemon=True).start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -13,20 +13,19 @@ import numpy.typing as npt
 
 from catalog.errors import SetupError
 from catalog.manifest import digest_of
-from catalog.store import Location
+from catalog.store import Location, RemotePath
 from shards.layout import (
     LAYOUT_VERSION,
     METADATA_FILE,
     PROFILES,
     SHARD_FILE,
     Shape,
+    array_chunk,
     array_metadata,
     chunk_bytes,
     chunk_grid,
     dataset_folder,
-    pack_chunk,
     refuse_newer_layout,
-    volume_chunk,
 )
 
 
@@ -50,18 +49,29 @@ def checked_digest(shard_file: Location, grid: Shape) -> tuple[npt.NDArray[np.in
     The file is read once, and the checksum of each chunk and of the index compared. For files that nobody
     knows the sha256 of. Raises ValueError if it is damaged, OSError if it cannot be read.
     """
-    sizes = chunk_bytes(shard_file, grid)
-    index = np.stack([np.cumsum(sizes.ravel()) - sizes.ravel(), sizes.ravel()], axis=1).astype("<u8").tobytes()
     digest = hashlib.sha256()
+    for _ in proven_chunks(shard_file, grid, digest.update):
+        pass
+    return chunk_bytes(shard_file, grid), digest.hexdigest()
+
+
+def proven_chunks(shard_file: Location, grid: Shape, read: Callable[[bytes], None]) -> Iterator[bytes]:
+    """The encoded inner chunks of a shard file one by one, without their checksums, which were compared.
+
+    `read` is called with every byte of the file in order, and after the last chunk the index has been proven.
+    Raises as `checked_digest`.
+    """
+    sizes = chunk_bytes(shard_file, grid).ravel()
+    index = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8").tobytes()
     with shard_file.open("rb") as file:
-        for size in sizes.ravel():
+        for size in sizes:
             _check(shard_file, encoded := file.read(int(size)))
-            digest.update(encoded)
+            read(encoded)
+            yield encoded[:-4]
         _check(shard_file, end := file.read())
     if end[:-4] != index:
         raise ValueError(f"{shard_file}: its chunks do not follow each other as its index tells")
-    digest.update(end)
-    return sizes, digest.hexdigest()
+    read(end)
 
 
 def problems_of_array(
@@ -85,11 +95,11 @@ def problems_of_array(
 
     Raises OSError if a file cannot be read.
     """
-    if not folder.is_dir():
+    names = _names_in(folder)
+    if not names:
         return ["the array is missing"], []
-    names = {path.name for path in folder.iterdir()}
     problems = [f"{name} is missing" for name in (METADATA_FILE, SHARD_FILE) if name not in names]
-    chunk = pack_chunk(shape) if is_pack else volume_chunk(shape)
+    chunk = array_chunk(shape, is_pack=is_pack)
     if METADATA_FILE in names:
         content = (folder / METADATA_FILE).read_bytes()
         if content not in metadata_forms(shape, dtype, chunk):
@@ -101,6 +111,13 @@ def problems_of_array(
     if SHARD_FILE in names:
         problems += _problems_of_shard(folder / SHARD_FILE, chunk_grid(shape, chunk), stored_bytes, sha256)
     return problems, sorted(names - {METADATA_FILE, SHARD_FILE})
+
+
+def _names_in(folder: Location) -> set[str]:
+    """The files of an array; on a web server, which cannot list them, those that it should have."""
+    if isinstance(folder, RemotePath) and folder.is_web:
+        return {name for name in (METADATA_FILE, SHARD_FILE) if (folder / name).is_file()}
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def metadata_forms(shape: Shape, dtype: str, chunk: Shape) -> list[bytes]:

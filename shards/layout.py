@@ -5,6 +5,8 @@ sharding codec puts all its inner chunks into one file, each with its own checks
 
     <dataset>/<key>-<identity>.zarr/zarr.json      metadata
     <dataset>/<key>-<identity>.zarr/c.0.0.0.0      inner chunks, then an index of (offset, bytes) pairs
+
+In another codec profile than `fast` the same array is called <key>-<identity>.<profile>.zarr.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ PROFILES: dict[Profile, dict[str, str | int]] = {
 """Settings of the blosc codec: fast to write, fast to read, or small. A reader needs not know which."""
 
 LAYOUT_VERSION = 2
-"""Raised when an earlier version of this program would misread what is written. 1: the same, not saying so."""
+"""Raised when an earlier version of this program would misread what is written. 1: the same, not saying so.
+
+The catalog's SCHEMA_VERSION goes up with it: a reader takes an array's metadata from the catalog, and looks at
+`zarr.json` only to say what is wrong.
+"""
 
 METADATA_FILE = "zarr.json"
 SHARD_FILE = "c.0.0.0.0"
@@ -47,12 +53,13 @@ TEMPORARY_PREFIX = ".tmp-"
 """Folders that a killed writer may leave behind; no array name starts so."""
 
 _VERSION_ATTRIBUTE = "pumit_layout_version"
+_ARRAY_NAME = re.compile(r"(.*-[0-9a-f]{12})(?:\.[a-z]+)?\.zarr", re.DOTALL)
 
 _NAME_LIMIT = 160
 """Bytes of the key's part of a name. File systems allow 255 in all."""
 
 
-def array_name(dataset: str, key: str, identity: str) -> str:
+def array_name(dataset: str, key: str, identity: str, profile: Profile = "fast") -> str:
     """Path of an array relative to the shards folder: `<dataset>/<key>-<identity[:12]>.zarr`.
 
     Two images never share a name, and whatever the key holds, the result is two plain path components.
@@ -61,7 +68,18 @@ def array_name(dataset: str, key: str, identity: str) -> str:
     """
     if not re.fullmatch(r"[0-9a-f]{12,}", identity):
         raise ValueError(f"{dataset}/{key}: the identity {identity!r} is not a hexadecimal digest")
-    return f"{dataset_folder(dataset)}/{_component(key)}-{identity[:12]}.zarr"
+    return in_profile(f"{dataset_folder(dataset)}/{_component(key)}-{identity[:12]}.zarr", profile)
+
+
+def in_profile(path: str, profile: Profile) -> str:
+    """The path that the array at `path`, in whatever profile, has in `profile`: both can lie there at a time.
+
+    Raises ValueError if `path` is none that `array_name` gives.
+    """
+    found = _ARRAY_NAME.fullmatch(path)
+    if found is None:
+        raise ValueError(f"{path!r} is not the name of an array")
+    return f"{found[1]}.zarr" if profile == "fast" else f"{found[1]}.{profile}.zarr"
 
 
 def dataset_folder(dataset: str) -> str:
@@ -92,6 +110,11 @@ def volume_chunk(shape: Shape) -> Shape:
 def pack_chunk(shape: Shape) -> Shape:
     """Inner chunk of a pack (N, C, H, W): one image."""
     return (1, *shape[1:])
+
+
+def array_chunk(shape: Shape, *, is_pack: bool) -> Shape:
+    """Inner chunk of a pack or a volume."""
+    return pack_chunk(shape) if is_pack else volume_chunk(shape)
 
 
 def chunk_grid(shape: Shape, chunk: Shape) -> Shape:

@@ -89,6 +89,40 @@ def write_pack(
     return StoredArray(path=name, shape=shape, stored_bytes=sizes.ravel().tolist(), sha256=sha256)
 
 
+def write_chunks(
+    shards_root: Location,
+    name: str,
+    shape: Shape,
+    dtype: npt.DTypeLike,
+    chunk: Shape,
+    profile: Profile,
+    chunks: Iterable[npt.NDArray[Any]],
+) -> tuple[npt.NDArray[np.int64], str]:
+    """Write an array from its inner chunks in the order of the index; otherwise as `write_volume`.
+
+    Returns the bytes of each inner chunk (one number for each place of the chunk grid) and the sha256 of the
+    shard file. What `chunks` raises ends the writing, and nothing is left behind.
+    """
+    return _write(_Array(shards_root / name, shape, np.dtype(dtype), chunk, profile), chunks)
+
+
+def encode_chunk(chunk: npt.NDArray[Any], profile: Profile) -> bytes:
+    """A C-contiguous inner chunk as the profile's codec stores it."""
+    import imagecodecs  # 50 ms that callers who write nothing need not pay
+
+    codec: dict[str, Any] = PROFILES[profile]
+    # The array, though the type asks for bytes: of those it shuffles single ones, whatever typesize says.
+    encoded = imagecodecs.blosc_encode(
+        chunk,  # type: ignore[arg-type]
+        level=codec["clevel"],
+        compressor=codec["cname"],
+        shuffle=codec["shuffle"],
+        typesize=chunk.itemsize,
+        numthreads=1,
+    )
+    return bytes(encoded)
+
+
 def remove_leftovers(shards_root: Path, dataset: str) -> None:
     """Delete what killed writers left of a dataset. Only while no other writer of that dataset runs."""
     for leftover in sorted((shards_root / dataset_folder(dataset)).glob(f"{TEMPORARY_PREFIX}*")):
@@ -191,6 +225,8 @@ def _encode(folder: Path, array: _Array, boxes: Iterable[npt.NDArray[Any]]) -> _
             written = _write_shard(file, array, boxes)
         sync(folder)
     except OSError as error:
+        if error.filename is not None:
+            raise
         # A failed write, unlike a failed open, does not name its file.
         raise OSError(error.errno, error.strerror, str(folder)) from error
     return written
@@ -210,9 +246,6 @@ def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]
 
     Nothing is left out, so that a reader can tell a lost chunk from background.
     """
-    import imagecodecs  # 50 ms that callers who write nothing need not pay
-
-    codec: dict[str, Any] = PROFILES[array.profile]
     grid = chunk_grid(array.shape, array.chunk)
     index = np.empty((*grid, 2), "<u8")
     entries = index.reshape(-1, 2)
@@ -230,16 +263,7 @@ def _write_shard(file: BinaryIO, array: _Array, boxes: Iterable[npt.NDArray[Any]
         if box.shape != chunk.shape:
             chunk[...] = 0
         chunk[tuple(slice(size) for size in box.shape)] = box
-        # The array, though the type asks for bytes: of those it shuffles single ones, whatever typesize says.
-        encoded = imagecodecs.blosc_encode(
-            chunk,  # type: ignore[arg-type]
-            level=codec["clevel"],
-            compressor=codec["cname"],
-            shuffle=codec["shuffle"],
-            typesize=array.dtype.itemsize,
-            numthreads=1,
-        )
-        size = write(bytes(encoded))
+        size = write(encode_chunk(chunk, array.profile))
         entries[number] = offset, size
         offset += size
     write(index.tobytes())

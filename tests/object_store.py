@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import nibabel as nib
 import numpy as np
@@ -70,7 +71,7 @@ class Proxy:
     def fault_of(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.times and fault.method == method and re.search(fault.path, path):
+                if fault.times and fault.method == method and re.search(fault.path, unquote(path)):
                     fault.times -= 1
                     return fault
         return None

@@ -35,6 +35,7 @@ HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tenso
                 "runs",
                 "stats",
                 "query",
+                "doctor",
                 "inspect",
                 "view",
                 "add",

@@ -39,8 +39,10 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Which images, and how much of each."""
 
-    mix: Literal["all"]
-    """Which images are drawn how often; all draws every training image by its sampling weight."""
+    mix: Annotated[str, Field(min_length=1)]
+    """Which images are drawn how often: all, no-benchmarks, or a mix of the corpus (`pumit-data mix list`)."""
+    dedup: bool = False
+    """Of images that show the same, draw one, whatever the mix says; needs `pumit-data duplicates`."""
     batch_size: Positive
     """Crops in one step, over all processes."""
     tokens_z: Positive

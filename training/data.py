@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,12 +14,16 @@ import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
-from catalog.query import catalog_fingerprint, dataset_ids, read_batches, remedy_of
+from catalog.lock import lock_corpus, lock_text
+from catalog.mix import load_mix
+from catalog.query import catalog_digests, dataset_ids, read_batches, remedy_of, united_fingerprint
 from catalog.remote import open_corpus
-from catalog.sampling import CropGeometry
+from catalog.sampling import CropGeometry, Reals
 from catalog.schema import CATALOG_SCHEMA
-from catalog.split import split_fingerprint
+from catalog.selection import Selection
+from catalog.split import split_fingerprints
 from catalog.store import Location
+from shards.layout import LAYOUT_VERSION
 from shards.read import ShardReader
 from training.config import RunConfig
 from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
@@ -42,6 +46,8 @@ class RunData:
     """`dataset/key` of the validation images -> modality."""
     fingerprints: dict[str, str]
     """What a resumed run must find unchanged."""
+    lock: str
+    """The corpus in hashes and counts, as `pumit-data lock` writes it."""
 
     def loader(self, config: RunConfig, first_step: int, world: World) -> BatchLoader:
         """The training batches from `first_step` (counted from 0) to the end of the run."""
@@ -51,25 +57,38 @@ class RunData:
         )
 
 
-def open_data(place: Location, config: RunConfig) -> RunData:
+def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | None] | None = None) -> RunData:
     """Plan the batches of a run and read its validation crops.
 
-    Raises SetupError if nothing is ingested or no training image is left.
+    `licences` of datasets by id, as datasets.yaml states them, are told in the lock of the corpus.
+
+    Raises SetupError if nothing is ingested, there is no such mix, or no training image is left.
     """
     corpus = open_corpus(place)
     files = _files(corpus)
     crop = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.data.tokens_x)
+    mix = load_mix(corpus, config.data.mix)
+    selection = Selection(corpus, mix, dedup=config.data.dedup)
     candidates = Candidates(config.validation_images)
-    planner = plan_batches(corpus, crop, config.data.batch_size, config.seed, candidates)
+    planner = plan_batches(corpus, crop, config.data.batch_size, config.seed, candidates, selection)
     measured, held_out = choose_images(candidates.table(), config.validation_images)
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
     batches = ValidationPlanner(measured, shown, config.data.batch_size)
     reader = ShardReader(corpus.shards)
     columns = (measured[name].to_pylist() for name in ("dataset", "key", "modality"))
-    fingerprints = {
-        "split": split_fingerprint(corpus, corpus.datasets()),
-        "catalog": catalog_fingerprint(corpus),
-    }
+    digests = catalog_digests(corpus)
+    split, splits = split_fingerprints(corpus, digests)
+    fingerprints = {"split": split, "catalog": united_fingerprint(digests), **selection.fingerprints}
+    lock = lock_corpus(
+        corpus,
+        config.data.mix,
+        mix,
+        selection,
+        shards_version=LAYOUT_VERSION,
+        licences=licences or {},
+        digests=digests,
+        splits=splits,
+    )
     if _files(corpus) != files:
         raise SetupError(
             f"the catalog below {corpus.root} changed while it was read: wait for the ingest, then start again"
@@ -81,6 +100,7 @@ def open_data(place: Location, config: RunConfig) -> RunData:
         validation_name="validation" if held_out else "training_images",
         modalities={f"{dataset}/{key}": modality for dataset, key, modality in zip(*columns, strict=True)},
         fingerprints=fingerprints,
+        lock=lock_text(lock),
     )
 
 
@@ -103,7 +123,7 @@ def open_validation(place: Location, images: int) -> Validation:
     """
     corpus = open_corpus(place)
     candidates = Candidates(images)
-    with contextlib.closing(_ahead(_ingested(corpus))) as tables:
+    with contextlib.closing(_ahead(_ingested(corpus, None))) as tables:
         for table in tables:
             candidates.seen(table)
     chosen, held_out = choose_images(candidates.table(), images)
@@ -121,16 +141,30 @@ _EVALUATED_AT_ONCE = 4
 
 
 def plan_batches(
-    corpus: Corpus, crop: CropGeometry, batch_size: int, seed: int, candidates: Candidates
+    corpus: Corpus,
+    crop: CropGeometry,
+    batch_size: int,
+    seed: int,
+    candidates: Candidates,
+    selection: Selection | None = None,
 ) -> BatchPlanner:
-    """The planner of a corpus's training images; `candidates` takes note of those to validate on."""
-    with contextlib.closing(training_tables(corpus, candidates)) as tables:
+    """The planner of a corpus's training images; `candidates` takes note of those to validate on.
+
+    Without `selection`, all are drawn by their sampling weight. Raises SetupError if none can be drawn.
+    """
+    with contextlib.closing(training_tables(corpus, candidates, selection)) as tables:
         return BatchPlanner(tables, crop, batch_size, seed)
 
 
-def training_tables(corpus: Corpus, candidates: Candidates) -> Generator[pa.Table]:
-    """The training images in the order of dataset and key, some ten thousand rows at a time."""
-    with contextlib.closing(_ahead(_ingested(corpus))) as tables:
+def training_tables(
+    corpus: Corpus, candidates: Candidates, selection: Selection | None = None
+) -> Generator[pa.Table]:
+    """The training images in the order of dataset and key, some ten thousand rows at a time.
+
+    What `selection` leaves out is neither trained nor validated on; the weights of the others are multiplied by
+    their factors.
+    """
+    with contextlib.closing(_ahead(_ingested(corpus, selection))) as tables:
         for table in tables:
             yield _having(candidates.seen(table), "split", "train")
 
@@ -141,13 +175,26 @@ def _files(corpus: Corpus) -> list[tuple[str, int, int]]:
     return [(dataset, stat.st_ino, stat.st_mtime_ns) for dataset, stat in stats]
 
 
-def _ingested(corpus: Corpus) -> Iterator[pa.Table]:
+def _ingested(corpus: Corpus, selection: Selection | None) -> Iterator[pa.Table]:
     """The ingested images in the order of dataset and key, some ten thousand at a time."""
     columns, dictionaries = [*IMAGE_COLUMNS, "modality"], [*CODED_COLUMNS, "modality"]
+    read = list(dict.fromkeys([*columns, *(selection.columns if selection is not None else ())]))
     for dataset in dataset_ids(corpus):
+        if selection is not None and selection.leaves_out(dataset):
+            continue
         path, remedy = corpus.catalog_file(dataset), remedy_of(dataset)
-        for table in read_batches(path, remedy, columns, schema=CATALOG_SCHEMA, dictionaries=dictionaries):
-            yield _having(table, "status", "ingested")
+        for table in read_batches(path, remedy, read, schema=CATALOG_SCHEMA, dictionaries=dictionaries):
+            images = _having(table, "status", "ingested")
+            yield images if selection is None else _weighted(images, selection.factors(images)).select(columns)
+
+
+def _weighted(table: pa.Table, factors: Reals) -> pa.Table:
+    """The rows with a factor above 0, their weights multiplied by it."""
+    if (factors == 1).all():
+        return table
+    at = table.column_names.index("sampling_weight")
+    weighted = pc.multiply(table["sampling_weight"], pa.array(factors))
+    return table.set_column(at, table.schema.field(at), weighted).filter(pa.array(factors > 0))
 
 
 def _ahead(tables: Iterator[pa.Table]) -> Generator[pa.Table]:

@@ -167,7 +167,8 @@ class BatchPlanner:
         self._draws = self._weigh()
         if not any(len(draw.rows) for draw in self._draws):
             raise SetupError(
-                "no image of the training split has a positive sampling weight; see `pumit-data stats`"
+                "no image of the training split has a positive sampling weight; see `pumit-data stats`, and "
+                "`pumit-data mix show NAME` for what a mix leaves"
             )
         self._running = np.cumsum(self.level_probabilities)
 

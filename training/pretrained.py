@@ -2,6 +2,7 @@
 
     FOLDER/model.safetensors   weights
     FOLDER/config.json         which model they are of, what it was trained on and how
+    FOLDER/corpus.lock         the corpus it was trained on, in hashes and counts (`pumit-data lock --check`)
     FOLDER/README.md           model card: the same for people, and how to load it
 
 A model is named by such a folder, by the folder of a training run (its newest checkpoint) or one of its
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from catalog.durable import sync
 from catalog.errors import SetupError
+from catalog.lock import LOCK_FILE, read_lock
 from training.config import MimRunConfig, TokenizerRunConfig, parse
 from training.mim import MaskedImageModel, MIMConfig
 from training.models import build_mim, build_tokenizer
@@ -116,17 +118,18 @@ def find_pretrained(place: str | Path) -> Path:
     if not path.exists() and _HUB_ID.fullmatch(str(place)):
         return _from_hub(str(place))
     raise SetupError(
-        f"{place} holds no trained model. Give the --run folder of `pumit-train tokenizer` or `mim` once it "
-        "has a checkpoint, a folder that `pumit-train export` wrote, or the id of a model on the Hugging Face "
-        "hub"
+        f"{place} holds no trained model: run `pumit-train tokenizer` or `mim` first and give its --run folder, "
+        "a folder that `pumit-train export` wrote, or the id of a model on the Hugging Face hub"
     )
 
 
-def export_pretrained(model: Model, folder: Path, trained: Mapping[str, Any] | None = None) -> None:
+def export_pretrained(
+    model: Model, folder: Path, trained: Mapping[str, Any] | None = None, lock: str | None = None
+) -> None:
     """Write `model` to a new folder, which appears when it is complete.
 
-    `trained` says what the weights come from; it goes to config.json and the model card. Raises SetupError if
-    the folder exists already.
+    `trained` says what the weights come from; it goes to config.json and the model card. `lock` is that of the
+    corpus, where it is known. Raises SetupError if the folder exists already.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SetupError(f"{folder} exists already: name another folder for the export")
@@ -141,8 +144,10 @@ def export_pretrained(model: Model, folder: Path, trained: Mapping[str, Any] | N
     temporary.mkdir()
     save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
     write_json(temporary / _CONFIG, described.model_dump(mode="json"))
+    if lock is not None:
+        (temporary / LOCK_FILE).write_text(lock, encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    (temporary / _CARD).write_text(model_card(described, parameters), encoding="utf-8")
+    (temporary / _CARD).write_text(model_card(described, parameters, lock), encoding="utf-8")
     for file in temporary.iterdir():
         sync(file)
     if folder.exists():
@@ -166,7 +171,13 @@ def training_of(place: Path) -> dict[str, Any] | None:
     return trained
 
 
-def model_card(described: Description, parameters: int) -> str:
+def lock_of(place: Path) -> str | None:
+    """The lock of the corpus that the model at `place` (as of `training_of`) was trained on, if it is known."""
+    file = place / LOCK_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def model_card(described: Description, parameters: int, lock: str | None = None) -> str:
     """README.md of an export, with the head that hubs read."""
     trained = described.trained
     lines = [
@@ -201,14 +212,23 @@ def model_card(described: Description, parameters: int) -> str:
             lines += [f"### {title}", "", *_listed(trained[name]), ""]
     if "source" in trained:
         lines += [f"Imported from `{trained['source']}`.", ""]
-    lines += [
-        "## Licences",
-        "",
-        "The weights carry the terms of the data sets they were trained on. `pumit-data show ID` tells each "
-        "one's licence; not all allow commercial use. Not a medical device.",
-        "",
-    ]
+    lines += ["## Data sets and their licences", "", *_datasets(lock), ""]
+    lines += ["Not all of these terms allow every use of the weights. Not a medical device.", ""]
     return "\n".join(lines)
+
+
+def _datasets(lock: str | None) -> list[str]:
+    """A line for each data set that a lock names."""
+    if lock is None:
+        return ["Not recorded; `pumit-data show ID` tells the licence of a data set."]
+    locked = read_lock(lock, LOCK_FILE)
+    left_out = locked["mix"].get("leave_out", ())
+    return [
+        f"- {name}: {fields['images'].get('ingested', 0):,} images, "
+        f"{fields.get('licence') or 'licence unknown'}"
+        for name, fields in locked["datasets"].items()
+        if name not in left_out
+    ]
 
 
 def _listed(content: Mapping[str, Any], indent: str = "") -> list[str]:

@@ -3,12 +3,14 @@
 A run folder holds
 
     run.json                      configuration and fingerprints, written before the first step
+    corpus.lock                   the corpus: `pumit-data lock --check` compares
     tensorboard/                  curves
     pictures/step-00000200.png    what the network sees and makes of it
     checkpoints/step-00000200/    complete or absent; the name counts the steps done
         model.safetensors         weights, one file per network
         training.pt               optimizers, gradient scaler, random generators (tensors and numbers only)
         state.json                step, configuration, fingerprints, losses so far
+        corpus.lock               as above
     summary.json                  written when the run is done
 """
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 from catalog.durable import sync
 from catalog.errors import SetupError
+from catalog.lock import LOCK_FILE
 from training.config import RunConfig, changed_fields
 
 AVERAGED_STEPS = 10
@@ -89,18 +92,21 @@ class Run:
         *,
         fingerprints: Mapping[str, str],
         resume: bool,
+        lock: str | None = None,
         world: World = World(),  # noqa: B008 - an immutable constant
     ) -> None:
         """Open `folder` for a new run, or with `resume` for one that was interrupted.
 
         `fingerprints` name what the run's result depends on besides its configuration (catalog, split,
-        tokenizer). Raises SetupError when the folder is taken, or when anything changed since.
+        tokenizer). `lock` says of which corpus the run is: it lies in the folder and in every checkpoint.
+        Raises SetupError when the folder is taken, or when anything changed since.
         """
         self.folder = folder
         self.config = config
         self.world = world
         self.device = choose_device(config.device)
         self.fingerprints = dict(fingerprints)
+        self._lock = lock
         if config.precision == "fp16" and self.device.type == "cpu":
             raise SetupError("precision is fp16, which needs a GPU; use --set precision=bf16 or fp32")
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -155,6 +161,11 @@ class Run:
             self.checkpoints.mkdir()
             (self.folder / "pictures").mkdir()
             write_json(self.folder / "run.json", self._identity())
+            self._write_lock(self.folder)
+
+    def _write_lock(self, folder: Path) -> None:
+        if self._lock is not None:
+            (folder / LOCK_FILE).write_text(self._lock, encoding="utf-8")
 
     def _open_to_resume(self) -> Path | None:
         """Check that nothing changed since the run began; return its newest checkpoint, if it has one."""
@@ -230,6 +241,7 @@ class Run:
             "bad_steps": self._bad_steps,
         }
         write_json(temporary / "state.json", state | self._identity())
+        self._write_lock(temporary)
         for file in temporary.iterdir():
             sync(file)
         temporary.rename(target)

@@ -5,6 +5,7 @@ Shape suffixes: B crops, C channels, D H W voxels, d h w tokens, L = d * h * w, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,16 @@ from training.validation import Means, evaluating
 from training.weights import load_weights
 
 
-def train(config: MimRunConfig, corpus: Location, run_dir: Path, resume: bool) -> dict[str, Any]:
+def train(
+    config: MimRunConfig,
+    corpus: Location,
+    run_dir: Path,
+    resume: bool,
+    licences: Mapping[str, str | None] | None = None,
+) -> dict[str, Any]:
     """Pre-train a ViT on the corpus at `corpus`; checkpoints, curves and pictures go to `run_dir`.
+
+    `licences` as of `open_data`.
 
     Returns first and last loss, images per second and the last validation, as written to summary.json.
     Raises SetupError (corpus, tokenizer, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).
@@ -44,9 +53,9 @@ def train(config: MimRunConfig, corpus: Location, run_dir: Path, resume: bool) -
             "folder with --set tokenizer=PATH"
         )
     pretrained = find_pretrained(config.tokenizer)
-    data = open_data(corpus, config)
+    data = open_data(corpus, config, licences)
     fingerprints = data.fingerprints | {"tokenizer": digest_of(pretrained / "model.safetensors")}
-    with Run(run_dir, config, fingerprints=fingerprints, resume=resume) as run:
+    with Run(run_dir, config, fingerprints=fingerprints, resume=resume, lock=data.lock) as run:
         # Networks
         tokenizer = load_tokenizer(pretrained).to(run.device).eval().requires_grad_(False)
         model = build_mim(config, tokenizer.config.codebook_size)

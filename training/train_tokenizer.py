@@ -5,6 +5,7 @@ Shape suffixes: B crops, C channels, D H W voxels, d h w tokens, K codes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,23 @@ from training.tokenizer import Tokenizer
 from training.validation import Means, evaluating, psnr
 
 
-def train(config: TokenizerRunConfig, corpus: Location, run_dir: Path, resume: bool) -> dict[str, Any]:
+def train(
+    config: TokenizerRunConfig,
+    corpus: Location,
+    run_dir: Path,
+    resume: bool,
+    licences: Mapping[str, str | None] | None = None,
+) -> dict[str, Any]:
     """Train a tokenizer on the corpus at `corpus`; checkpoints, curves and pictures go to `run_dir`.
+
+    `licences` as of `open_data`.
 
     Returns first and last loss, images per second and the last validation, as written to summary.json.
     Raises SetupError (corpus, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).
     """
     # Input
-    data = open_data(corpus, config)
-    with Run(run_dir, config, fingerprints=data.fingerprints, resume=resume) as run:
+    data = open_data(corpus, config, licences)
+    with Run(run_dir, config, fingerprints=data.fingerprints, resume=resume, lock=data.lock) as run:
         # Networks
         tokenizer = build_tokenizer(config.model).to(run.device)
         optimizer = adamw(tokenizer, config.optim)

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
+from catalog.doctor.examine import diagnose
+from catalog.doctor.sheet import picture_sheet
 from catalog.query import load_dataset
 from catalog.report.pictures import DESCRIBED, allotment, contact_sheet, sampled_rows
 from catalog.stats import AUDITED, audit, summarise_cells
@@ -24,6 +26,8 @@ INTENSITIES = ("intensity_p0_5", "intensity_median", "intensity_p99_5")
 SPREAD = (0.05, 0.5, 0.95)
 """Quantiles over the images that are shown of each of INTENSITIES."""
 
+SUSPECTS = (60, 30, 3, 4_000)
+"""Findings that are listed; pictures of suspects in all and of a finding, and bytes of one."""
 FINEST_STEP, MOST_MARKS = 16, 2_500
 """Marks of the spacing chart: steps an octave at first, and how many marks make them coarser."""
 _NAMED_DATASETS = 3
@@ -45,7 +49,8 @@ def report_facts(
     Returns:
         where; totals, modalities, levels as `catalog.stats.audit` has them; datasets (outcomes, counts, and
         quantiles of shapes); spacings (see `spacing_marks`); intensities (per dataset and modality, SPREAD of
-        each of INTENSITIES over its images); reasons; sheet (see `catalog.report.pictures.contact_sheet`).
+        each of INTENSITIES over its images); reasons; doctor (see `catalog.doctor.sheet.picture_sheet`); sheet
+        (see `catalog.report.pictures.contact_sheet`).
 
     Raises SetupError as `catalog.survey.survey_corpus`, and if a preview is damaged.
     """
@@ -67,6 +72,7 @@ def report_facts(
         "spacings": spacing_marks(survey),
         "intensities": intensities,
         "reasons": _reasons(survey, meanings or {}),
+        "doctor": picture_sheet(corpus, diagnose(corpus, where=where), *SUSPECTS),
         "sheet": contact_sheet(corpus, chosen, sizes),
     }
 

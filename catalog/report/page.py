@@ -28,6 +28,24 @@ def render_page(facts: dict[str, Any]) -> str:
     Texts of the catalog are escaped, and the page's own policy lets a browser run no script and load no style
     but those that are packaged here, known by their hash.
     """
+    images = facts["totals"]["ingested"]
+    marks = facts["spacings"]["marks"]
+    return render_template(
+        "report.html",
+        facts
+        | {
+            "scatter": spacing_chart(facts["spacings"]) if marks else None,
+            "columns": level_chart(facts["levels"], images) if images else None,
+            "size_axis": size_scale(facts["datasets"], SHAPES),
+            "intensity_axis": intensity_scale(facts["intensities"], INTENSITIES),
+            "shape_names": SHAPES,
+            "known": lambda value: value is not None and math.isfinite(value),
+        },
+    )
+
+
+def render_template(name: str, values: dict[str, Any]) -> str:
+    """One of the packaged pages, with the style, the script and the policy that are common to them."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from rich.filesize import decimal
@@ -41,20 +59,12 @@ def render_page(facts: dict[str, Any]) -> str:
     )
     environment.filters |= {"count": _count, "number": _number, "percent": _percent, "bytes": decimal}
     style, script = _packaged("report.css"), _packaged("report.js")
-    images = facts["totals"]["ingested"]
-    marks = facts["spacings"]["marks"]
-    return environment.get_template("report.html").render(
-        **facts,
+    return environment.get_template(name).render(
+        **values,
         style=Markup(style),  # noqa: S704 (packaged, not of the catalog)
         script=Markup(script),  # noqa: S704
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'",
-        scatter=spacing_chart(facts["spacings"]) if marks else None,
-        columns=level_chart(facts["levels"], images) if images else None,
-        size_axis=size_scale(facts["datasets"], SHAPES),
-        intensity_axis=intensity_scale(facts["intensities"], INTENSITIES),
-        shape_names=SHAPES,
-        known=lambda value: value is not None and math.isfinite(value),
     )
 
 

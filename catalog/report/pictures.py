@@ -6,8 +6,8 @@ import base64
 import functools
 import io
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +18,16 @@ from catalog.errors import SetupError
 from catalog.query import read_table, remedy_of
 from catalog.survey import in_threads
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 MOST_PICTURES, MOST_OF_A_GROUP = 360, 6
 BYTES_OF_ALL, BYTES_OF_ONE = 2_400_000, 12_000
 """Of the compressed pictures; the page holds four bytes for three of them."""
 DESCRIBED = ["shape_d", "shape_h", "shape_w", "spacing_z", "spacing_y", "spacing_x"]
 """Columns that the text beside a picture is made of."""
 
+_KEYS_AT_ONCE = 360
 _QUALITIES = (80, 60, 40, 20, 5)
 
 Group = tuple[str, str | None]
@@ -59,7 +63,7 @@ def contact_sheet(
         keys.setdefault(row["dataset"], []).append(row["key"])
     limit = min(BYTES_OF_ONE, BYTES_OF_ALL // max(1, len(rows)))
     found = dict(
-        zip(keys, in_threads(lambda name: _pictures(corpus, name, keys[name], limit), keys), strict=True)
+        zip(keys, in_threads(lambda name: pictures_of(corpus, name, keys[name], limit), keys), strict=True)
     )
     by_group: dict[Group, list[dict[str, Any]]] = {}
     for row in rows:
@@ -83,18 +87,32 @@ def contact_sheet(
     }
 
 
-def _pictures(corpus: Corpus, dataset: str, keys: Sequence[str], limit: int) -> dict[str, dict[str, Any]]:
+def pictures_of(corpus: Corpus, dataset: str, keys: Sequence[str], limit: int) -> dict[str, dict[str, Any]]:
+    """Of the keys that have a preview: width and height in pixels, and `source`, at most `limit` bytes.
+
+    Raises SetupError if a preview is damaged.
+    """
+    return {
+        key: _recompressed(dataset, key, preview, limit)
+        for key, preview in stored_previews(corpus, dataset, keys)
+    }
+
+
+def stored_previews(corpus: Corpus, dataset: str, keys: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Those of the keys that have a preview, each with its PNG, some at a time."""
     file = corpus.published(corpus.preview_file(dataset))
     if not file.exists():
-        return {}
-    # One comparison a key, not a set of them: these skip the row groups, of megabytes each, that cannot match.
-    wanted = functools.reduce(operator.or_, (pc.field("key") == key for key in keys))
-    table = read_table(file, remedy_of(dataset), ["key", "preview"], [wanted])
-    return {row["key"]: _recompressed(dataset, row["key"], row["preview"], limit) for row in table.to_pylist()}
+        return
+    for start in range(0, len(keys), _KEYS_AT_ONCE):
+        # One comparison a key, not a set of them: these skip the row groups, of megabytes, that cannot match.
+        some = keys[start : start + _KEYS_AT_ONCE]
+        wanted = functools.reduce(operator.or_, (pc.field("key") == key for key in some))
+        table = read_table(file, remedy_of(dataset), ["key", "preview"], [wanted])
+        yield from zip(table["key"].to_pylist(), table["preview"].to_pylist(), strict=True)
 
 
-def _recompressed(dataset: str, key: str, png: bytes, limit: int) -> dict[str, Any]:
-    """The preview as WebP of at most `limit` bytes: to get there of lower quality, at last of half the size."""
+def opened_preview(dataset: str, key: str, png: bytes) -> Image.Image:
+    """A stored preview, decoded. Raises SetupError if it is damaged."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -102,6 +120,12 @@ def _recompressed(dataset: str, key: str, png: bytes, limit: int) -> dict[str, A
         picture.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise SetupError(f"the preview of {dataset}/{key} is no PNG: {error}. {remedy_of(dataset)}") from error
+    return picture
+
+
+def _recompressed(dataset: str, key: str, png: bytes, limit: int) -> dict[str, Any]:
+    """The preview as WebP of at most `limit` bytes: to get there of lower quality, at last of half the size."""
+    picture = opened_preview(dataset, key, png)
     width, height = picture.size
     while True:
         for quality in _QUALITIES:

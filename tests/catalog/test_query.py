@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
-from catalog.query import catalog_fingerprint, fingerprint, load_catalog
+from catalog.query import catalog_digests, catalog_fingerprint, fingerprint, load_catalog
 from catalog.schema import CATALOG_SCHEMA
 from catalog.write import merge_dataset
 
@@ -186,7 +186,23 @@ def test_the_fingerprint_of_a_corpus_is_that_of_its_ingested_images(
         table = table.drop_columns(["shard_sha256"])
     table = table.replace_schema_metadata({"pumit_schema_version": str(version)})
     pq.write_table(table, corpus.catalog_file("zoo"), row_group_size=3)
-    assert catalog_fingerprint(corpus) == fingerprint(load_catalog(corpus))
+    digests = catalog_digests(corpus)
+    for dataset, digest in digests.items():
+        assert digest.fingerprint == fingerprint(load_catalog(corpus, datasets=[dataset]))
+    assert digests["zoo"].outcomes == {"ingested": {"": 3}, "excluded": {"": 1}}
+    of_others = ["dataset", "key", "status", "reason", "source_hash", "entry_hash", "normalisation_version"]
+    others = load_catalog(corpus, of_others, ["zoo"], status="excluded")
+    assert digests["zoo"].others == fingerprint(others)
+
+
+def test_the_fingerprint_of_a_corpus_is_of_the_ingested_images_of_every_dataset(corpus: Corpus) -> None:
+    before = catalog_fingerprint(corpus)
+    merge_dataset(corpus, "zoo", [row("zoo", "a", status="excluded", reason="uneven_slices")], [])
+    assert catalog_fingerprint(corpus) == before
+    merge_dataset(corpus, "zoo", [row("zoo", "a")], [])
+    with_zoo = catalog_fingerprint(corpus)
+    merge_dataset(corpus, "amos", [row("amos", "0", spacing_z=2.0)], [])
+    assert len({before, with_zoo, catalog_fingerprint(corpus)}) == 3
 
 
 def test_the_fingerprint_of_a_damaged_corpus_is_refused(corpus: Corpus) -> None:

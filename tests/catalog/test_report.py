@@ -188,6 +188,20 @@ def test_facts_are_those_of_the_catalog(corpus: Corpus) -> None:
     assert (xr["dataset"], xr["images"]) == ("chest", 9)
 
 
+def test_suspects_are_shown_beside_usual_images(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path)
+    usual = {"spacing_z": 2.0, "spacing_y": 0.7, "spacing_x": 0.7, "shape_d": 100, "shape_w": 512}
+    rows = [image("abdomen", number, **usual) for number in range(30)]
+    rows[7] |= {"spacing_z": 20.0}
+    put(corpus, "abdomen", rows)
+    text, page = page_of(corpus)
+    shown = [item for item in page.all("img") if item["alt"] == "unusual spacing: case-0007"]
+    assert len(shown) == 1
+    assert "A usual image: case-" in text
+    assert {"href": "#outliers"} in page.all("a")
+    assert "Outliers and suspects" not in page_of(corpus, "spacing_z < 10")[0]
+
+
 def test_a_condition_narrows_everything(corpus: Corpus) -> None:
     facts = report_facts(corpus, "modality = 'CT' and status = 'ingested'")
     assert facts["totals"]["discovered"] == facts["spacings"]["images"] == facts["sheet"]["images"] == 20

@@ -210,8 +210,8 @@ CASES: dict[str, tuple[str, Writer, str]] = {
 }
 BY_COMMAND = {"no_permission", "worker_lost"}
 """Need a process of their own; see the tests at the end."""
-BY_ENTRY = {"duplicate", "volume_count"}
-"""Need an entry that asks for it; see test_discover_rules.py."""
+BY_ENTRY = {"duplicate", "volume_count", "excluded_by_user"}
+"""Need an entry that asks for it; see test_discover_rules.py and test_overrides.py."""
 
 
 @pytest.fixture

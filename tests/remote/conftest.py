@@ -5,12 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import catalog.store
+import ingest.run
 from catalog.store import RemotePath
-from tests.demo import ingest_demo
+from ingest.task import IngestTask, run_task
+from tests.demo import DEMO, ingest_demo
 from tests.object_store import Proxy, make_bucket, make_raw, proxy_to, s3_server, upload
 
 ENVIRONMENT = {
@@ -45,7 +49,7 @@ def proxy(server: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
 def bucket(server: int, proxy: Proxy) -> RemotePath:
     name = f"bucket-{secrets.token_hex(4)}"
     make_bucket(server, name)
-    return RemotePath(name, "")
+    return RemotePath("s3", name, "")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,25 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         ingest_demo(raw, data, monkeypatch)
     return data
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_here(tasks: Iterator[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
+        for task in tasks:
+            yield task, run_task(task)
+
+    monkeypatch.setattr(ingest.run, "_run_on_cluster", run_here)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    make_raw(folder)
+    entry = DEMO.model_dump(mode="json", exclude_defaults=True) | {"private_names": False}
+    (folder / "datasets.yaml").write_text(yaml.safe_dump([entry]), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

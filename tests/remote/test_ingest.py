@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK
-import yaml
 
 import cli
 import ingest.lease
@@ -30,33 +30,14 @@ from ingest.lease import lease
 from ingest.names import name_key
 from ingest.outline import at_hand, raw_folder
 from ingest.remote import kept_copy, working_copy
+from ingest.repack import estimate_repack, repack_dataset
 from ingest.run import IngestReport, ingest_dataset, plan_ingest
-from ingest.task import IngestTask, run_task
 from ingest.verify import verify
 from tests.commands import command, published_files, run
 from tests.demo import DEMO, NoCluster
-from tests.object_store import Fault, Proxy, download, make_folder_marker, make_raw, upload
+from tests.object_store import Fault, Proxy, download, make_folder_marker, upload
 
 SLICES = sorted((Path(__file__).parents[2] / "samples").glob("CT/*/head/*"))
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    make_raw(folder)
-    entry = DEMO.model_dump(mode="json", exclude_defaults=True) | {"private_names": False}
-    (folder / "datasets.yaml").write_text(yaml.safe_dump([entry]), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(tasks: Iterator[IngestTask], client: object) -> Iterator[tuple[IngestTask, Any]]:
-        for task in tasks:
-            yield task, run_task(task)
-
-    monkeypatch.setattr(ingest.run, "_run_on_cluster", run_here)
 
 
 @pytest.fixture
@@ -65,7 +46,7 @@ def place(bucket: RemotePath) -> RemotePath:
 
 
 def bucket_of(place: RemotePath) -> RemotePath:
-    return RemotePath(place.bucket, "")
+    return replace(place, key="")
 
 
 def ingest_to(place: RemotePath, raw: Path, limit: int | None = None) -> IngestReport:
@@ -282,6 +263,24 @@ def test_an_image_that_vanishes_fails_alone(raw: Path, bucket: RemotePath, proxy
     assert report.total == {("ingested", ""): 4, ("failed", "vanished"): 1}
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_overrides_beside_the_images_in_the_store(
+    raw: Path, bucket: RemotePath, proxy: Proxy, tmp_path: Path
+) -> None:
+    upload(raw, bucket / "raw")
+    before = ingest_from(bucket / "raw", bucket / "corpus").total
+    files = files_in(bucket / "corpus", tmp_path / "before")
+    entries = [b"- {dataset: demo, key: %s, reason: seen}\n" % key for key in (b"picture_1", b"small")]
+    (bucket / "raw/overrides.yaml").write(b"".join(entries))
+    proxy.requests.clear()
+    report = ingest_from(bucket / "raw", bucket / "corpus")
+    assert report.total[("excluded", "excluded_by_user")] == 2
+    assert not any("raw/demo/small" in request.path for request in proxy.requests)
+    (bucket / "raw/overrides.yaml").unlink()
+    assert ingest_from(bucket / "raw", bucket / "corpus").total == before
+    assert files_in(bucket / "corpus", tmp_path / "after") == files
+
+
 def test_names_that_no_file_can_have(bucket: RemotePath, proxy: Proxy) -> None:
     (bucket / "raw/demo/x").write(b"1")
     (bucket / "raw/demo/x/y.png").write(b"1")
@@ -482,3 +481,35 @@ def test_from_raw_images_to_training_steps(
     said = pumit("pumit-train", "tokenizer", "--run", str(tmp_path / "run"), *options)
     assert "3 steps" in said
     assert "a-secret" not in said
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_repack_in_a_store_gives_the_bytes_of_one_in_a_folder(
+    local: Path, place: RemotePath, raw: Path, tmp_path: Path
+) -> None:
+    there = Corpus(Path(shutil.copytree(local, tmp_path / "there")))
+    repack_dataset(there, "demo", "train", 1, lambda *_: None)
+    ingest_to(place, raw)
+    with working_copy(place, ["demo"], write=False) as corpus:
+        expected = estimate_repack(corpus, "demo", "train")
+    assert expected.pending == 3
+    with working_copy(place, ["demo"], write=True) as corpus:
+        report = repack_dataset(corpus, "demo", "train", 1, lambda *_: None)
+    assert (report.pending, report.bytes_before) == (3, expected.bytes_before)
+    assert files_in(place, tmp_path) == published_files(there.root)
+    assert findings(place) == []
+    assert ingest_to(place, raw).run == {}
+    assert files_in(place, tmp_path) == published_files(there.root)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_another_machine_follows_the_profile(
+    place: RemotePath, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingest_to(place, raw, limit=2)
+    with working_copy(place, ["demo"], write=True) as corpus:
+        repack_dataset(corpus, "demo", "train", 1, lambda *_: None)
+    elsewhere(monkeypatch, tmp_path)
+    ingest_to(place, raw)
+    paths = load_catalog(open_corpus(place))["shard_path"].to_pylist()
+    assert all(path.endswith(".train.zarr") for path in paths)

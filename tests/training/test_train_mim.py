@@ -106,7 +106,7 @@ def test_a_process_killed_with_kill_9_resumes_and_ends_the_same(toy_corpus, toke
 def test_a_missing_tokenizer_says_what_to_run_first(toy_corpus, tmp_path):
     with pytest.raises(SetupError, match="run `pumit-train tokenizer` first"):
         train_mim.train(load_preset("mim", "tiny", SMALL), toy_corpus, tmp_path / "run", resume=False)
-    with pytest.raises(SetupError, match="run `pumit-train tokenizer` first"):
+    with pytest.raises(SetupError, match="run `pumit-train tokenizer` or `mim` first"):
         train_mim.train(config(tmp_path / "nowhere"), toy_corpus, tmp_path / "run", resume=False)
     assert not (tmp_path / "run").exists()
 

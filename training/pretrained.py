@@ -118,8 +118,8 @@ def find_pretrained(place: str | Path) -> Path:
     if not path.exists() and _HUB_ID.fullmatch(str(place)):
         return _from_hub(str(place))
     raise SetupError(
-        f"{place} holds no trained model: run `pumit-train tokenizer` or `mim` first and give its --run folder, "
-        "a folder that `pumit-train export` wrote, or the id of a model on the Hugging Face hub"
+        f"{place} holds no trained model: run `pumit-train tokenizer` or `mim` first and give its --run "
+        "folder, a folder that `pumit-train export` wrote, or the id of a model on the Hugging Face hub"
     )
 
 

@@ -53,11 +53,12 @@ def train(
             "folder with --set tokenizer=PATH"
         )
     pretrained = find_pretrained(config.tokenizer)
+    tokenizer = load_tokenizer(pretrained).eval().requires_grad_(False)
     data = open_data(corpus, config, licences)
     fingerprints = data.fingerprints | {"tokenizer": digest_of(pretrained / "model.safetensors")}
     with Run(run_dir, config, fingerprints=fingerprints, resume=resume, lock=data.lock) as run:
         # Networks
-        tokenizer = load_tokenizer(pretrained).to(run.device).eval().requires_grad_(False)
+        tokenizer = tokenizer.to(run.device)
         model = build_mim(config, tokenizer.config.codebook_size)
         if config.initial_weights is not None:
             run.console.print(str(load_weights(model, config.initial_weights)))

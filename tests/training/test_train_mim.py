@@ -112,8 +112,9 @@ def test_a_missing_tokenizer_says_what_to_run_first(toy_corpus, tmp_path):
 
 
 def test_a_run_of_something_else_is_no_tokenizer(toy_corpus, whole, tmp_path):
-    with pytest.raises(SetupError, match="kind is 'mim'"):
+    with pytest.raises(SetupError, match="a ViT, not a tokenizer"):
         train_mim.train(config(whole), toy_corpus, tmp_path / "run", resume=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resume_with_another_tokenizer_is_refused(toy_corpus, tokenizer, whole, tmp_path):

@@ -2,7 +2,7 @@
 
     python benchmarks/slow_store.py FOLDER [--latency-ms 50]     prints its port, runs until its input ends
 
-Latency is per request and costs no thread, so any number of requests wait at the same time, as with a real store.
+Latency is per request and costs no thread, so any number of requests wait at the same time.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ _FOLDER = "pumit-chunks-1"
 _LOCK = ".lock"
 _EVICT_ABOVE, _EVICT_TO = 0.95, 0.85
 """Shares of the limit. What processes wrote and have not told yet has room above the first."""
+_BLOCK = 4096
+"""Disks give out whole blocks, so a chunk takes up to one more than its bytes."""
 _TOLD_AT_ONCE = 8 << 20
 """Bytes that a process writes before it tells the others, at most."""
 
@@ -196,7 +198,7 @@ class CachedShard:
         except OSError as error:
             self._cache.turn_off(error)
         else:
-            self._cache.wrote(len(content))
+            self._cache.wrote(len(content) + _BLOCK)
 
     def keep_index(self, start: int, content: bytes) -> None:
         """Store the index, with which the file ends."""

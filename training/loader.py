@@ -1,8 +1,8 @@
 """From plans to voxels: workers read and decode the boxes of a step; nothing else happens on the CPU.
 
 Worker w of W handles the steps first + w, first + w + W, ... and hands each over as one message, so steps
-arrive in order whatever W is. A batch crosses the process border as one block of shared memory. Of a corpus in an
-object store, each worker asks for the boxes of the next batches while it decodes those of one.
+arrive in order whatever W is. A batch crosses the process border as one block of shared memory. Of a corpus in
+an object store, each worker asks for the boxes of the next batches while it decodes those of one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from training.watch import NOTICE_SECONDS, Watch
 Reader: TypeAlias = "ShardReader | RemoteReader"
 _ALIGNMENT = 16  # bytes: any stored dtype may start at a multiple of it
 _BATCHES_AHEAD = 2
-"""Of a store, so many batches are under way beside the one that is put together: at 50 ms two hide the latency."""
+"""Of a store, so many batches are under way beside the one that is put together: they hide its latency."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

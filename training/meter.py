@@ -44,6 +44,9 @@ class Work:
 _NAMES = tuple(field.name for field in fields(Work))
 
 
+_TRAFFIC = ("received_bytes", "cached_bytes", "cache_hits", "cache_misses", "cache_damaged", "decode_seconds")
+
+
 class Meter:
     """Adds up the work of the batches that arrive, and how long their receiver waited for them."""
 
@@ -63,7 +66,7 @@ class Meter:
 
 
 def scalars(meter: Meter) -> dict[str, float]:
-    """The points of the training curves: shares of time, ms of CPU a crop, MB/s, share of chunks in the cache."""
+    """The points of the training curves: shares of time, CPU a crop, MB/s, share of chunks in the cache."""
     work, seconds = meter.work, max(meter.seconds, 1e-9)
     crops, chunks = max(work.crops, 1), work.cache_hits + work.cache_misses
     found = {
@@ -96,15 +99,7 @@ class Stopwatch:
     def _counts(self) -> dict[str, float]:
         counts: dict[str, float] = {"disk_bytes": _bytes_from_disk()}
         if (traffic := self._traffic) is not None:
-            names = (
-                "received_bytes",
-                "cached_bytes",
-                "cache_hits",
-                "cache_misses",
-                "cache_damaged",
-                "decode_seconds",
-            )
-            counts |= {name: getattr(traffic, name) for name in names}
+            counts |= {name: getattr(traffic, name) for name in _TRAFFIC}
         return counts
 
 

@@ -652,6 +652,26 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.", show_default=False),
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        envvar="PUMIT_CACHE",
+        metavar="FOLDER",
+        help="Keep on this disk what is read of a corpus in a store; shared by all processes of the machine.",
+        show_default=False,
+    ),
+]
+CacheLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--cache-gb",
+        envvar="PUMIT_CACHE_GB",
+        metavar="GB",
+        help="Limit of the cache; by default 100. What was read longest ago goes first.",
+        show_default=False,
+    ),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
 
 
@@ -662,9 +682,11 @@ def tokenizer(
     data_dir: DataOption = Path("data"),
     settings: SetOption = None,
     resume: ResumeOption = False,
+    cache: CacheOption = None,
+    cache_gb: CacheLimitOption = None,
 ) -> None:
     """Train the visual tokenizer (spatially adaptive convolutions, soft codebook)."""
-    _train("tokenizer", preset, settings, data_dir, run, resume)
+    _train("tokenizer", preset, [*(settings or []), *_cached(cache, cache_gb)], data_dir, run, resume)
 
 
 @train.command()
@@ -678,9 +700,11 @@ def mim(
     data_dir: DataOption = Path("data"),
     settings: SetOption = None,
     resume: ResumeOption = False,
+    cache: CacheOption = None,
+    cache_gb: CacheLimitOption = None,
 ) -> None:
     """Train the ViT by masked image modelling against a trained tokenizer."""
-    overrides = list(settings or [])
+    overrides = [*(settings or []), *_cached(cache, cache_gb)]
     if tokenizer_run is not None:
         overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
     _train("mim", preset, overrides, data_dir, run, resume)
@@ -703,6 +727,12 @@ def _train(
         f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
         f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
     )
+
+
+def _cached(folder: Path | None, gigabytes: float | None) -> list[str]:
+    """The settings that --cache and --cache-gb stand for."""
+    given = {"cache_dir": folder and str(folder.absolute()), "cache_gb": gigabytes}
+    return [f"data.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
 
 
 def _specs_present(raw: RawFolder) -> list[DatasetSpec]:

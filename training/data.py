@@ -20,10 +20,10 @@ from catalog.sampling import CropGeometry
 from catalog.schema import CATALOG_SCHEMA
 from catalog.split import split_fingerprint
 from catalog.store import Location
-from shards.read import ShardReader
-from training.config import RunConfig
+from shards.cache import CacheConfig
+from training.config import DataConfig, RunConfig
 from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
-from training.loader import BatchLoader, RawBatch, make_loader, read_batch
+from training.loader import BatchLoader, RawBatch, make_loader, open_reader, read_batch
 from training.plan import BatchPlanner, ValidationPlanner
 from training.run import World
 
@@ -47,7 +47,14 @@ class RunData:
         """The training batches from `first_step` (counted from 0) to the end of the run."""
         last = config.steps - 1
         return make_loader(
-            self.corpus, self.planner, first_step, last, config.data.workers, rank=world.rank, world=world.size
+            self.corpus,
+            self.planner,
+            first_step,
+            last,
+            config.data.workers,
+            rank=world.rank,
+            world=world.size,
+            cache=cache_of(config.data),
         )
 
 
@@ -64,7 +71,7 @@ def open_data(place: Location, config: RunConfig) -> RunData:
     measured, held_out = choose_images(candidates.table(), config.validation_images)
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
     batches = ValidationPlanner(measured, shown, config.data.batch_size)
-    reader = ShardReader(corpus.shards)
+    reader = open_reader(corpus.shards, cache_of(config.data))
     columns = (measured[name].to_pylist() for name in ("dataset", "key", "modality"))
     fingerprints = {
         "split": split_fingerprint(corpus, corpus.datasets()),
@@ -82,6 +89,13 @@ def open_data(place: Location, config: RunConfig) -> RunData:
         modalities={f"{dataset}/{key}": modality for dataset, key, modality in zip(*columns, strict=True)},
         fingerprints=fingerprints,
     )
+
+
+def cache_of(data: DataConfig) -> CacheConfig | None:
+    """The local cache of a run, if it has one."""
+    if data.cache_dir is None:
+        return None
+    return CacheConfig(folder=data.cache_dir, limit_bytes=int(data.cache_gb * 1e9))
 
 
 def plan_batches(

@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple, TypeAlias
@@ -208,14 +208,14 @@ def make_loader(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        multiprocessing_context=_worker_context() if workers else None,
+        multiprocessing_context=worker_context() if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
     return BatchLoader(loader, steps, rank, notice_seconds)
 
 
-def _worker_context() -> BaseContext:
+def worker_context() -> BaseContext:
     """Workers come from a server that has imported this module once, instead of each importing torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -236,33 +236,47 @@ class _Steps(IterableDataset[RawBatch | SetupError]):
     def __iter__(self) -> Iterator[RawBatch | SetupError]:
         worker = get_worker_info()
         mine = self._steps[worker.id :: worker.num_workers] if worker else self._steps
-        who = f"rank {self._rank}" + (f", worker {worker.id}" if worker else "")
-        with Watch(who, self._notice) as watch:
-            yield from self._read(mine, watch)
-
-    def _read(self, steps: range, watch: Watch) -> Iterator[RawBatch | SetupError]:
-        remote = self._reader if isinstance(self._reader, RemoteReader) else None
-        stopwatch = Stopwatch(remote.traffic if remote else None)
-        under_way: deque[_Reading] = deque()
-        coming = iter(steps)
         try:
+            yield from read_steps(self._reader, self._planner, mine, self._rank, self._world, self._notice)
+        except SetupError as error:
+            yield error
+
+
+def read_steps(
+    reader: Reader,
+    planner: Planner,
+    steps: Iterable[int],
+    rank: int,
+    world: int,
+    notice_seconds: float = NOTICE_SECONDS,
+) -> Iterator[RawBatch]:
+    """Rank `rank`'s slices of some steps, read in this process.
+
+    Raises SetupError, naming dataset, key and shard, if an image cannot be read.
+    """
+    worker = get_worker_info()
+    remote = reader if isinstance(reader, RemoteReader) else None
+    stopwatch = Stopwatch(remote.traffic if remote else None)
+    under_way: deque[_Reading] = deque()
+    coming = iter(steps)
+
+    def begin(step: int) -> _Reading:
+        began = time.thread_time()
+        plan = planner.plan(step, rank, world)
+        return _Reading(reader, plan, time.thread_time() - began)
+
+    try:
+        with Watch(f"rank {rank}" + (f", worker {worker.id}" if worker else ""), notice_seconds) as watch:
             while True:
-                for step in itertools.islice(coming, (_BATCHES_AHEAD if remote else 0) + 1 - len(under_way)):
-                    under_way.append(self._begin(step))
+                free = (_BATCHES_AHEAD if remote else 0) + 1 - len(under_way)
+                under_way.extend(begin(step) for step in itertools.islice(coming, free))
                 if not under_way:
                     return
                 batch = under_way.popleft().finish(watch)
                 yield replace(batch, work=batch.work + Work(**stopwatch.lap()))
-        except SetupError as error:
-            yield error
-        finally:
-            for reading in under_way:
-                reading.cancel()
-
-    def _begin(self, step: int) -> _Reading:
-        began = time.thread_time()
-        plan = self._planner.plan(step, self._rank, self._world)
-        return _Reading(self._reader, plan, time.thread_time() - began)
+    finally:
+        for reading in under_way:
+            reading.cancel()
 
 
 def _wanted(sample: SamplePlan) -> Wanted:

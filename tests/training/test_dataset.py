@@ -161,6 +161,7 @@ def test_what_cannot_be(toy_corpus: Path) -> None:
 
 def test_lightning_trains_and_resumes(toy_corpus: Path, batches: list[dict[str, Any]], tmp_path: Path) -> None:
     import pytorch_lightning as lightning
+    from pytorch_lightning.callbacks import ModelCheckpoint
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -180,13 +181,13 @@ def test_lightning_trains_and_resumes(toy_corpus: Path, batches: list[dict[str, 
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
         return lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path, max_epochs=1, **quiet, **options)
 
-    first, loader = Module(), dataset(toy_corpus).loader()
-    stopped = trainer(max_steps=3)
-    stopped.fit(first, loader)
-    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
-    later = Module()
-    trainer(max_steps=STEPS).fit(later, dataset(toy_corpus).loader(), ckpt_path=tmp_path / "stopped.ckpt")
-    assert (first.seen, later.seen) == ([0, 1, 2], [3, 4, 5, 6])
+    saving = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    first, later = Module(), Module()
+    trainer(callbacks=[saving]).fit(first, dataset(toy_corpus).loader())
+    trainer().fit(
+        later, dataset(toy_corpus).loader(), ckpt_path=tmp_path / "saved/step=3.ckpt", weights_only=True
+    )
+    assert (first.seen, later.seen) == (list(range(STEPS)), list(range(3, STEPS)))
 
 
 def test_monai_trains(toy_corpus: Path, batches: list[dict[str, Any]]) -> None:
@@ -198,7 +199,7 @@ def test_monai_trains(toy_corpus: Path, batches: list[dict[str, Any]]) -> None:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     noise = Compose([RandGaussianNoised("image", prob=1.0)])
     steps = []
-    for batch in ThreadDataLoader(dataset(toy_corpus), batch_size=None, num_workers=0):
+    for batch in ThreadDataLoader(dataset(toy_corpus), batch_size=None, collate_fn=dict, num_workers=0):
         assert same(batch, batches[batch["step"]])
         slices = noise(batch)["image"][:, :, 0]
         loss = (network(slices) - batch["image"][:, :, 0]).square().mean()

@@ -80,6 +80,26 @@ RawPlaceOption = Annotated[
         help="Holds one folder per dataset: a folder, or s3://BUCKET/PREFIX.",
     ),
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        envvar="PUMIT_CACHE",
+        metavar="FOLDER",
+        help="Keep on this disk what is read of a corpus in a store; shared by all processes of the machine.",
+        show_default=False,
+    ),
+]
+CacheLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--cache-gb",
+        envvar="PUMIT_CACHE_GB",
+        metavar="GB",
+        help="Limit of the cache; by default 100. What was read longest ago goes first.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -646,31 +666,54 @@ def view(
     _print(f"Preview: {saved}" if saved else "No preview: the image was not ingested.")
 
 
+@data.command("bench-loader")
+def bench_loader(
+    data_dir: DataOption = Path("data"),
+    kind: Annotated[
+        Literal["tokenizer", "mim"], typer.Option(help="What the crops would be for.")
+    ] = "tokenizer",
+    preset: Annotated[str, typer.Option(help="Named settings; see training/presets.")] = "paper",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Crops in a step; by default the preset's.", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read; by default the cores.", show_default=False)
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="About a third of the time that it takes.")] = 10,
+    cache: CacheOption = None,
+    cache_gb: CacheLimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the loader on your own shards; say what limits it, and what to change."""
+    from training.config import load_preset
+
+    overrides = _cached(cache, cache_gb)
+    config = (
+        load_preset("tokenizer", preset, overrides)
+        if kind == "tokenizer"
+        else load_preset("mim", preset, overrides)
+    )
+    from training import limits
+
+    figures = limits.measure(
+        data_dir,
+        config,
+        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        batch_size=batch or config.data.batch_size,
+        seconds=seconds,
+    )
+    if as_json:
+        _print_json(limits.as_json(figures))
+    else:
+        for line in limits.report(figures):
+            _print(line)
+
+
 PresetOption = Annotated[str, typer.Option(help="Named settings; see training/presets.")]
 RunOption = Annotated[Path, typer.Option("--run", help="Folder for checkpoints, logs and pictures.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.", show_default=False),
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--cache",
-        envvar="PUMIT_CACHE",
-        metavar="FOLDER",
-        help="Keep on this disk what is read of a corpus in a store; shared by all processes of the machine.",
-        show_default=False,
-    ),
-]
-CacheLimitOption = Annotated[
-    float | None,
-    typer.Option(
-        "--cache-gb",
-        envvar="PUMIT_CACHE_GB",
-        metavar="GB",
-        help="Limit of the cache; by default 100. What was read longest ago goes first.",
-        show_default=False,
-    ),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
 

@@ -171,6 +171,12 @@ def judge(figures: Figures) -> Verdict:
             if f.device == "cpu"
             else ["nothing in the loader: its share of a step is what the augmentation takes"],
         )
+    return judge_loader(figures)
+
+
+def judge_loader(figures: Figures) -> Verdict:
+    """As `judge`, of the stages before the augmentation."""
+    f = figures
     if f.remote and f.busy_share < _BUSY:
         cache = ["keep what was read on a local disk: --cache FOLDER --cache-gb N"]
         more = [f"more workers wait at the same time: data.workers={2 * max(f.workers, 1)}"]
@@ -200,12 +206,12 @@ def judge(figures: Figures) -> Verdict:
 
 def as_json(figures: Figures) -> dict[str, object]:
     """Figures and verdict, as `bench-loader --json` prints them."""
-    return asdict(figures) | judge(figures)._asdict()
+    return asdict(figures) | judge(figures)._asdict() | {"loader": judge_loader(figures)._asdict()}
 
 
 def report(figures: Figures) -> Iterator[str]:
     """Lines for the terminal."""
-    f, verdict = figures, judge(figures)
+    f, verdict, loader = figures, judge(figures), judge_loader(figures)
     yield f"{f.place}: {f.steps} steps of {f.batch_size} crops, {f.workers} workers, {f.cores} cores"
     if f.remote:
         received = f"{f.received_mb_per_s:.0f} MB/s received"
@@ -221,12 +227,13 @@ def report(figures: Figures) -> Iterator[str]:
     yield f"  CPU a crop: {stages}"
     yield f"Limit: {verdict.limit}. {verdict.why[0].upper()}{verdict.why[1:]}."
     yield from (f"  - {change}" for change in verdict.change)
+    if verdict != loader:
+        yield f"Behind that, the loader is limited by {loader.limit}: {loader.why}."
+        yield from (f"  - {change}" for change in loader.change)
     rate = min(f.stored_rate, f.augment_rate)
     hours = f.run_steps * f.batch_size / max(rate, 1e-9) / 3600
-    yield (
-        f"A step/s takes {f.batch_size} crops/s. At {rate:.0f} crops/s the data of the preset's {f.run_steps:,} "
-        f"steps take {hours:,.1f} h: only GPUs that would be faster than that wait."
-    )
+    yield f"A step/s takes {f.batch_size} crops/s. At {rate:.0f} crops/s the preset's {f.run_steps:,} steps"
+    yield f"get their data in {hours:,.1f} h: only GPUs that would need less than that wait."
 
 
 def _augment_rate(batches: list[RawBatch], device: torch.device) -> float:

@@ -180,6 +180,8 @@ class CachedShard:
 
     def chunk(self, start: int, stop: int) -> tuple[bytes | None, bool]:
         """The chunk at a place of the shard if it is here, and whether something else is."""
+        if self._is_hole(start, stop):
+            return None, False
         found = self._read(start, stop)
         if len(found) == stop - start and is_sound(found):
             return found, False
@@ -205,6 +207,15 @@ class CachedShard:
         self.keep(start, content)
         if self._handle is not None and self._cache.writing:
             os.ftruncate(self._handle, start + len(content))
+
+    def _is_hole(self, start: int, stop: int) -> bool:
+        """Whether nothing was stored there; the system knows without reading."""
+        if self._handle is None:
+            return True
+        try:
+            return os.lseek(self._handle, start, os.SEEK_DATA) >= stop
+        except OSError as error:
+            return error.errno == errno.ENXIO  # nothing from there to the end
 
     def _read(self, start: int, stop: int) -> bytes:
         if self._handle is None:

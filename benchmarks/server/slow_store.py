@@ -1,8 +1,8 @@
 """An object store on loopback that answers late: GET and HEAD of the files below a folder, in S3's words.
 
-    python benchmarks/slow_store.py FOLDER [--latency-ms 50]     prints its port, runs until its input ends
+    python benchmarks/server/slow_store.py FOLDER [--latency-ms 50]
 
-Latency is per request and costs no thread, so any number of requests wait at the same time.
+It prints its port and runs until its input ends. Latency is per request and costs no thread, so any number of requests wait at the same time.
 """
 
 from __future__ import annotations

@@ -63,6 +63,11 @@ class Wanted(NamedTuple):
             raise ValueError(f"{self.path}: {where} is not inside the array of shape {self.shape}")
         return region
 
+    def empty(self) -> npt.NDArray[Any]:
+        """An array (C, d, h, w) for the box. ValueError as `region`."""
+        shape = [stop - start for start, stop in self.region]
+        return np.empty(shape if self.slot is None else [shape[1], 1, *shape[2:]], self.dtype)
+
 
 class Piece(NamedTuple):
     """What a box takes from one inner chunk."""

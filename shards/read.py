@@ -100,7 +100,7 @@ class ShardReader:
         except ValueError as error:
             folder = self._root / path
             reason = str(error).split(" [", 1)[0]  # the rest repeats the whole specification
-            raise _outer_error(error, folder) or SetupError(complaint(folder, reason)) from error
+            raise _outer_error(error, folder) or SetupError(_complaint(folder, reason)) from error
         return voxels if index is None else voxels.transpose(1, 0, 2, 3)
 
     def _open_array(self, path: str, shape: Shape, dtype: str) -> Any:
@@ -125,7 +125,7 @@ class ShardReader:
         refuse_newer_layout(folder, array.spec().to_json()["metadata"])
         if array.shape != shape or array.dtype.name != dtype:
             found = f"it holds {array.dtype.name} {array.shape} where the catalog says {dtype} {shape}"
-            raise SetupError(complaint(folder, found))
+            raise SetupError(_complaint(folder, found))
         return array
 
 
@@ -156,7 +156,7 @@ def system_error(error: ValueError, path: Location) -> OSError | None:
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
 
 
-def complaint(folder: Location, found: str) -> str:
+def _complaint(folder: Location, found: str) -> str:
     return (
         f"cannot read the shard {folder}: {found}. "
         f"Delete that folder and run `pumit-data ingest {folder.parent.name}` again, which writes it anew."

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,6 @@ from catalog.store import RemotePath, endpoint
 from shards.cache import CacheConfig, CachedShard, ShardCache
 from shards.chunks import Wanted, decode, index_bytes, is_sound, parse_index, pieces
 from shards.layout import METADATA_FILE, SHARD_FILE, refuse_newer_layout
-from shards.read import complaint
 
 _T = TypeVar("_T")
 Voxels = npt.NDArray[Any]
@@ -66,12 +65,13 @@ class Coming(NamedTuple):
     """A box that was asked for."""
 
     shard: str
-    future: Future[list[Voxels]]
-    position: int
+    future: Future[None]
+    voxels: Voxels
 
     def result(self) -> Voxels:
         """The voxels, once they are here; raises what reading them raised."""
-        return self.future.result()[self.position]
+        self.future.result()
+        return self.voxels
 
     def cancel(self) -> None:
         """Do not ask for it any more, if that has not begun."""
@@ -103,72 +103,59 @@ class RemoteReader:
         """
         return self.request([wanted])[0].result()
 
-    def request(self, wanted: Sequence[Wanted]) -> list[Coming]:
-        """Ask for boxes and return at once. Of a chunk that several of them touch, there is one request."""
-        groups: dict[str, list[int]] = defaultdict(list)
-        for number, one in enumerate(wanted):
-            groups[one.path].append(number)
-        coming: list[Coming | None] = [None] * len(wanted)
-        for path, members in groups.items():
-            future = self._threads.submit(self._read, [wanted[number] for number in members])
-            for position, number in enumerate(members):
-                coming[number] = Coming(str(self._root / path / SHARD_FILE), future, position)
-        return [one for one in coming if one is not None]
+    def request(self, wanted: Sequence[Wanted], into: Sequence[Voxels] | None = None) -> list[Coming]:
+        """Ask for boxes and return at once. Of a chunk that several of them touch, there is one request.
 
-    def _read(self, boxes: list[Wanted]) -> list[Voxels]:
+        `into` are the arrays (C, d, h, w) that the voxels go to; new ones by default.
+        """
+        if into is None:
+            into = [one.empty() for one in wanted]
+        groups: dict[str, list[_Box]] = defaultdict(list)
+        for box in zip(wanted, into, strict=True):
+            groups[box[0].path].append(box)
+        futures = {path: self._threads.submit(self._read, boxes) for path, boxes in groups.items()}
+        return [
+            Coming(str(self._root / one.path / SHARD_FILE), futures[one.path], voxels)
+            for one, voxels in zip(wanted, into, strict=True)
+        ]
+
+    def _read(self, boxes: list[_Box]) -> None:
         """Boxes of one array."""
         began = time.thread_time()
+        path = boxes[0][0].path
+        folder = self._root / path
         try:
-            return self._read_or_explain(boxes)
+            uses = _uses(boxes)  # a box that lies outside is refused before anything is asked for
+            try:
+                self._attempt(boxes[0][0], uses)
+            except ValueError:
+                # What lies there may have been written anew, in another codec: then the index was of before.
+                self._indexes.forget(path)
+                self._explained(folder, boxes[0][0], uses)
+        except FileNotFoundError as error:
+            raise SetupError(_complaint(folder, f"{SHARD_FILE} is missing")) from error
         finally:
             self.traffic.add(decode_seconds=time.thread_time() - began)
 
-    def _read_or_explain(self, boxes: list[Wanted]) -> list[Voxels]:
-        folder = self._root / boxes[0].path
-        for one in boxes:
-            _ = one.region  # before anything is asked for
+    def _explained(self, folder: RemotePath, one: Wanted, uses: _Uses) -> None:
+        """Once more, from the store alone; SetupError if that is damaged."""
         try:
-            try:
-                return self._attempt(boxes)
-            except ValueError:
-                # What lies there may have been written anew, in another codec: then the index was of before.
-                self._indexes.forget(boxes[0].path)
-                return self._attempt(boxes, trust=False)
-        except FileNotFoundError as error:
-            raise SetupError(complaint(folder, f"{SHARD_FILE} is missing")) from error
+            self._attempt(one, uses, trust=False)
         except ValueError as error:
             with contextlib.suppress(OSError):
                 refuse_newer_layout(folder, (folder / METADATA_FILE).read_bytes())
-            raise SetupError(complaint(folder, str(error))) from error
+            raise SetupError(_complaint(folder, str(error))) from error
 
-    def _attempt(self, boxes: list[Wanted], *, trust: bool = True) -> list[Voxels]:
+    def _attempt(self, one: Wanted, uses: _Uses, *, trust: bool = True) -> None:
         """`trust` takes index and chunks from the cache. ValueError if something is damaged."""
-        first = boxes[0]
-        file = self._root / first.path / SHARD_FILE
-        if self._cache is None:
-            return self._assemble(boxes, file, None, trust)
-        with self._cache.shard(first.path) as kept:
-            return self._assemble(boxes, file, kept, trust)
-
-    def _assemble(
-        self, boxes: list[Wanted], file: RemotePath, kept: CachedShard | None, trust: bool
-    ) -> list[Voxels]:
-        first = boxes[0]
-        uses: dict[int, list[tuple[int, Any, Any]]] = defaultdict(list)
-        for position, one in enumerate(boxes):
-            for number, source, target in pieces(one):
-                uses[number].append((position, source, target))
-        index = self._index(first, file, kept, trust)
-        encoded = self._chunks(index[sorted(uses)], file, kept, trust)
-        arrays = [np.empty([stop - start for start, stop in one.region], one.dtype) for one in boxes]
-        for number, content in zip(sorted(uses), encoded, strict=True):
-            voxels = decode(content, first.chunk, first.dtype)
-            for position, source, target in uses[number]:
-                arrays[position][target] = voxels[source]
-        return [
-            array if one.slot is None else np.ascontiguousarray(array.transpose(1, 0, 2, 3))
-            for one, array in zip(boxes, arrays, strict=True)
-        ]
+        file = self._root / one.path / SHARD_FILE
+        with self._cache.shard(one.path) if self._cache is not None else contextlib.nullcontext() as kept:
+            index = self._index(one, file, kept, trust)
+            encoded = self._chunks(index[list(uses)], file, kept, trust)
+        for content, parts in zip(encoded, uses.values(), strict=True):
+            voxels = decode(content, one.chunk, one.dtype)
+            for source, target in parts:
+                target[...] = voxels[source]
 
     def _index(
         self, first: Wanted, file: RemotePath, kept: CachedShard | None, trust: bool
@@ -216,6 +203,22 @@ class RemoteReader:
                 if kept is not None:
                     kept.keep(span[0], content)
         return [found[span] for span in spans]
+
+
+_Box: TypeAlias = tuple[Wanted, Voxels]
+"""What is wanted, and where it goes: (C, d, h, w)."""
+_Uses: TypeAlias = dict[int, list[tuple[tuple[slice, ...], Voxels]]]
+"""Chunks by number, ascending: the parts of each that are wanted, and where they go."""
+
+
+def _uses(boxes: list[_Box]) -> _Uses:
+    """ValueError if a box lies outside."""
+    uses: _Uses = defaultdict(list)
+    for one, voxels in boxes:
+        whole = voxels if one.slot is None else voxels.transpose(1, 0, 2, 3)
+        for number, source, target in pieces(one):
+            uses[number].append((source, whole[target]))
+    return {number: uses[number] for number in sorted(uses)}
 
 
 class _Indexes:
@@ -293,6 +296,13 @@ class _Threads:
         with self._change:
             self._closing = True
             self._change.wait_for(lambda: self._busy == 0, _LAST_WORDS_SECONDS)
+
+
+def _complaint(folder: RemotePath, found: str) -> str:
+    return (
+        f"cannot read the shard {folder}: {found}. "
+        f"Delete that folder and run `pumit-data ingest {folder.parent.name}` again, which writes it anew."
+    )
 
 
 def _place(root: RemotePath) -> str:

@@ -75,7 +75,6 @@ class Figures:
     device: str
     plan_ms: float
     decode_ms: float
-    copy_ms: float
     busy_share: float
     """Of the time of the reading processes, what they computed for, with voxels from the disk or the store."""
     disk_mb_per_s: float
@@ -129,7 +128,7 @@ def measure(place: Location, config: RunConfig, *, workers: int, batch_size: int
     again = load(4 * seconds, steps)
     device = choose_device("auto")
     work, processes = stored.work, max(workers, 1)
-    computed = work.plan_seconds + work.decode_seconds + work.copy_seconds
+    computed = work.plan_seconds + work.decode_seconds
     chunks = work.cache_hits + work.cache_misses
 
     def per_second(count: float) -> float:
@@ -148,7 +147,6 @@ def measure(place: Location, config: RunConfig, *, workers: int, batch_size: int
         device=str(device),
         plan_ms=1e3 * work.plan_seconds / work.crops,
         decode_ms=1e3 * work.decode_seconds / work.crops,
-        copy_ms=1e3 * work.copy_seconds / work.crops,
         busy_share=min(computed / (processes * max(stored.seconds, 1e-9)), 1.0),
         disk_mb_per_s=per_second(work.disk_bytes),
         received_mb_per_s=per_second(work.received_bytes),
@@ -223,7 +221,7 @@ def report(figures: Figures) -> Iterator[str]:
     if f.cache_hit_share is not None:
         yield f"  chunks from the cache      {f.cache_hit_share:8.0%}           {f.cached_mb_per_s:.0f} MB/s"
     yield f"  augmentation on {f.device:10s} {f.augment_rate:8.1f} crops/s"
-    stages = f"plan {f.plan_ms:.2f} ms, read and decode {f.decode_ms:.2f} ms, copy {f.copy_ms:.2f} ms"
+    stages = f"plan {f.plan_ms:.2f} ms, read and decode {f.decode_ms:.2f} ms"
     yield f"  CPU a crop: {stages}"
     yield f"Limit: {verdict.limit}. {verdict.why[0].upper()}{verdict.why[1:]}."
     yield from (f"  - {change}" for change in verdict.change)

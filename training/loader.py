@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple, TypeAlias
 
@@ -103,14 +104,18 @@ class _Reading:
     """A batch on its way: of a store, its boxes are asked for at once."""
 
     def __init__(self, reader: Reader, plan: BatchPlan, plan_seconds: float) -> None:
-        self._reader, self._plan, self._plan_seconds = reader, plan, plan_seconds
-        self._coming: Sequence[Coming] = ()
+        self._plan, self._plan_seconds = plan, plan_seconds
+        places, size = _layout(plan)
+        self._buffer = torch.empty(size, dtype=torch.uint8)
+        raw = self._buffer.numpy()
+        into = [raw[place.start : place.stop].view(place.dtype).reshape(place.shape) for place in places]
         wanted = [_wanted(sample) for sample in plan.samples]
+        self._coming: Sequence[Coming] = ()
         if isinstance(reader, RemoteReader):
-            self._coming = reader.request(wanted)
-            self._boxes: list[Callable[[], npt.NDArray[Any]]] = [one.result for one in self._coming]
+            self._coming = reader.request(wanted, into)
+            self._boxes: list[Callable[[], object]] = [one.result for one in self._coming]
         else:
-            self._boxes = [lambda one=one: reader.read(*one) for one in wanted]  # type: ignore[misc]
+            self._boxes = [partial(_read_into, reader, *pair) for pair in zip(wanted, into, strict=True)]
 
     def cancel(self) -> None:
         for one in self._coming:
@@ -118,30 +123,22 @@ class _Reading:
 
     def finish(self, watch: Watch) -> RawBatch:
         """The batch, once all of it is here; SetupError as `read_batch`."""
-        places, size = _layout(self._plan)
-        buffer = torch.empty(size, dtype=torch.uint8)
-        raw = buffer.numpy()
-        wall, cpu, copy = time.perf_counter(), time.process_time(), 0.0
-        shards = [one.shard for one in self._coming] or [
-            sample.image.shard_path for sample in self._plan.samples
-        ]
-        for sample, place, box, shard in zip(self._plan.samples, places, self._boxes, shards, strict=True):
+        samples = self._plan.samples
+        shards = [one.shard for one in self._coming] or [sample.image.shard_path for sample in samples]
+        wall, cpu = time.perf_counter(), time.process_time()
+        for sample, shard, box in zip(samples, shards, self._boxes, strict=True):
             image = f"{sample.image.dataset}/{sample.image.key}"
             with watch.waiting(f"step {self._plan.step}: {image}, of which a part of {shard} is to come"):
-                voxels = _named(sample, box)
-            began = time.thread_time()
-            raw[place.start : place.stop] = voxels.reshape(-1).view(np.uint8)
-            copy += time.thread_time() - began
+                _named(sample, box)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         work = Work(
             batches=1,
-            crops=len(places),
+            crops=len(samples),
             plan_seconds=self._plan_seconds,
-            decode_seconds=0.0 if self._coming else max(cpu - copy, 0.0),
-            copy_seconds=copy,
-            blocked_seconds=max(wall - (copy if self._coming else cpu), 0.0),
+            decode_seconds=0 if self._coming else cpu,  # a remote reader counts its own, of all its threads
+            blocked_seconds=wall if self._coming else max(wall - cpu, 0.0),
         )
-        return RawBatch(self._plan, buffer, work)
+        return RawBatch(self._plan, self._buffer, work)
 
 
 class BatchLoader:
@@ -284,10 +281,14 @@ def _wanted(sample: SamplePlan) -> Wanted:
     return Wanted(image.shard_path, image.shard_shape, image.dtype, image.shard_index, sample.box)
 
 
-def _named(sample: SamplePlan, read: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+def _read_into(reader: ShardReader, wanted: Wanted, into: npt.NDArray[Any]) -> None:
+    into[...] = reader.read(*wanted)
+
+
+def _named(sample: SamplePlan, read: Callable[[], object]) -> None:
     image = sample.image
     try:
-        return read()
+        read()
     except (SetupError, OSError, ValueError) as error:
         raise SetupError(f"{image.dataset}/{image.key} (shard {image.shard_path}): {error}") from error
 

@@ -21,8 +21,6 @@ class Work:
     """CPU."""
     decode_seconds: float = 0
     """CPU of all threads that read and decode; of a corpus in a store, without those that receive."""
-    copy_seconds: float = 0
-    """CPU."""
     blocked_seconds: float = 0
     """Wall time in which a reading process had nothing to do but wait for a disk or a store."""
     disk_bytes: float = 0

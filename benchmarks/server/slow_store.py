@@ -2,7 +2,8 @@
 
     python benchmarks/server/slow_store.py FOLDER [--latency-ms 50]
 
-It prints its port and runs until its input ends. Latency is per request and costs no thread, so any number of requests wait at the same time.
+It prints its port and runs until its input ends. Latency is per request and costs no thread, so any number of
+requests wait at the same time.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ BUSY = Figures(
     device="cuda",
     plan_ms=0.1,
     decode_ms=20.0,
-    copy_ms=0.1,
     busy_share=0.9,
     disk_mb_per_s=500.0,
     received_mb_per_s=0.0,

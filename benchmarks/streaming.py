@@ -185,7 +185,7 @@ def main() -> None:
         write_volumes(shards)
         for latency in (0, 20, 50):
             with store(Path(folder), latency):
-                found = measured(shards, latency, work, 1 if options.quick else 5)
+                found = measured(shards, latency, work, 1 if options.quick else 3)
             for name, (wall, cpu) in found.items():
                 print(f"{latency:3d} ms  {name:34s} {wall:7.2f} ms a box, CPU {cpu:6.2f} ms", flush=True)
             ours = found["store"][0]

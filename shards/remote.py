@@ -90,6 +90,7 @@ class RemoteReader:
         self._cache = ShardCache(cache, _place(root)) if cache is not None else None
         self._threads = _Threads(_REQUESTS_AT_ONCE)
         self._indexes = _Indexes(_INDEX_MEMORY)
+        self._decoding = threading.Lock()
         self.traffic = Traffic()
 
     def __reduce__(self) -> tuple[type[RemoteReader], tuple[RemotePath, CacheConfig | None]]:
@@ -152,10 +153,12 @@ class RemoteReader:
         with self._cache.shard(one.path) if self._cache is not None else contextlib.nullcontext() as kept:
             index = self._index(one, file, kept, trust)
             encoded = self._chunks(index[list(uses)], file, kept, trust)
-        for content, parts in zip(encoded, uses.values(), strict=True):
-            voxels = decode(content, one.chunk, one.dtype)
-            for source, target in parts:
-                target[...] = voxels[source]
+        # Many threads wait better than one, but compute worse: they would pass the interpreter's lock around.
+        with self._decoding:
+            for content, parts in zip(encoded, uses.values(), strict=True):
+                voxels = decode(content, one.chunk, one.dtype)
+                for source, target in parts:
+                    target[...] = voxels[source]
 
     def _index(
         self, first: Wanted, file: RemotePath, kept: CachedShard | None, trust: bool

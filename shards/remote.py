@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import os
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -81,7 +82,7 @@ class Coming(NamedTuple):
 class RemoteReader:
     """Reads boxes of the arrays below `root`. Cheap to make, to pickle and to send to a worker.
 
-    Safe to use by several threads. Not in a process forked from one that used it.
+    Safe to use by several threads.
     """
 
     def __init__(self, root: RemotePath, cache: CacheConfig | None = None) -> None:
@@ -91,6 +92,7 @@ class RemoteReader:
         self._threads = _Threads(_REQUESTS_AT_ONCE)
         self._indexes = _Indexes(_INDEX_MEMORY)
         self._decoding = threading.Lock()
+        self._process = os.getpid()
         self.traffic = Traffic()
 
     def __reduce__(self) -> tuple[type[RemoteReader], tuple[RemotePath, CacheConfig | None]]:
@@ -107,8 +109,14 @@ class RemoteReader:
     def request(self, wanted: Sequence[Wanted], into: Sequence[Voxels] | None = None) -> list[Coming]:
         """Ask for boxes and return at once. Of a chunk that several of them touch, there is one request.
 
-        `into` are the arrays (C, d, h, w) that the voxels go to; new ones by default.
+        `into` are the arrays (C, d, h, w) that the voxels go to; new ones by default. Raises RuntimeError in a
+        process forked from the one that made the reader.
         """
+        if self._process != os.getpid():
+            raise RuntimeError(
+                "connections to a store do not survive a fork. Start workers by 'forkserver' or 'spawn' "
+                "(DataLoader(multiprocessing_context='forkserver'))."
+            )
         if into is None:
             into = [one.empty() for one in wanted]
         groups: dict[str, list[_Box]] = defaultdict(list)

@@ -16,7 +16,6 @@ from catalog.remote import open_corpus
 from catalog.sampling import CropGeometry
 from catalog.store import Location, RemotePath, location
 from shards.cache import CacheConfig
-from shards.remote import RemoteReader
 from training.augment import render
 from training.config import load_preset
 from training.data import Candidates, plan_batches
@@ -84,7 +83,6 @@ class PumitDataset(IterableDataset[Batch]):
         }
         self._start: dict[str, int] = {"step": 0, "workers": 0}
         self._position = self._start
-        self._process = os.getpid()
 
     def __len__(self) -> int:
         """Steps of the whole training, wherever it goes on."""
@@ -94,7 +92,6 @@ class PumitDataset(IterableDataset[Batch]):
         """The batches from where `load_state_dict` said; of a worker, its share of them."""
         start = self._start
         worker = get_worker_info()
-        self._refuse_fork()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         first = start["step"] + number
         if start["workers"]:
@@ -143,23 +140,12 @@ class PumitDataset(IterableDataset[Batch]):
         rank, world = self._rank_and_world()
         return self.__dict__ | {"_rank": rank, "_world": world}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._process = os.getpid()
-
     def _rank_and_world(self) -> tuple[int, int]:
         if self._rank is not None and self._world is not None:
             return self._rank, self._world
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-    def _refuse_fork(self) -> None:
-        if self._process != os.getpid() and isinstance(self._reader, RemoteReader):
-            raise RuntimeError(
-                "connections to a store do not survive a fork. Start workers by 'forkserver' or 'spawn' "
-                "(DataLoader(multiprocessing_context='forkserver')), or take dataset.loader(workers)."
-            )
 
     def _made(self, raw: RawBatch) -> Batch:
         told = {"level": raw.level, "keys": list(raw.keys), "step": raw.step}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing.forkserver
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from shards.layout import METADATA_FILE, SHARD_FILE
 from shards.read import ShardReader
 from shards.remote import RemoteReader
 from shards.write import write_volume
+from tests.commands import run
 from tests.object_store import Fault, Proxy, upload
 from training.loader import BatchLoader, RawBatch, make_loader
 from training.plan import BatchPlanner
@@ -234,3 +236,32 @@ def test_who_waits_says_for_what(
     assert "for step 0" in told
     assert f"of which a part of {corpus}/shards/demo/" in told
     assert "due from worker 0 of 1" in told or not workers
+
+
+def test_a_forked_process_is_refused(corpus: RemotePath) -> None:
+    reader = RemoteReader(corpus / "shards")
+    child = os.fork()
+    if child == 0:
+        try:
+            reader.request([])
+        except RuntimeError as error:
+            os._exit(7 if "forkserver" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_commands_take_a_cache(corpus: RemotePath, proxy: Proxy, tmp_path: Path) -> None:
+    chunks = tmp_path / "chunks"
+    cached = ("--data", str(corpus), "--preset", "tiny", "--cache", chunks)
+    short = ("--set", "steps=2", "--set", "optim.warmup_steps=1", "--set", "data.batch_size=2")
+    trained = run("pumit-train", "tokenizer", *cached, "--cache-gb", "0.5", *short, "--run", tmp_path / "run")
+    assert trained.returncode == 0, trained.stderr
+    settings = json.loads((tmp_path / "run/run.json").read_text())["config"]["data"]
+    assert (settings["cache_dir"], settings["cache_gb"]) == (str(chunks), 0.5)
+    assert any(path.is_file() for path in chunks.rglob("*.zarr"))
+    told = run("pumit-data", "bench-loader", *cached, "--workers", "0", "--seconds", "0.2", "--json")
+    assert told.returncode == 0, told.stderr
+    figures = json.loads(told.stdout)
+    assert figures["remote"]
+    assert 0 < figures["cache_hit_share"] <= 1
+    assert figures["loader"]["limit"] in ("network", "workers", "decoding")

@@ -91,7 +91,7 @@ class RemoteReader:
         self._cache = ShardCache(cache, _place(root)) if cache is not None else None
         self._threads = _Threads(_REQUESTS_AT_ONCE)
         self._indexes = _Indexes(_INDEX_MEMORY)
-        self._decoding = threading.Lock()
+        self._computing = threading.Lock()
         self._process = os.getpid()
         self.traffic = Traffic()
 
@@ -162,7 +162,7 @@ class RemoteReader:
             index = self._index(one, file, kept, trust)
             encoded = self._chunks(index[list(uses)], file, kept, trust)
         # Many threads wait better than one, but compute worse: they would pass the interpreter's lock around.
-        with self._decoding:
+        with self._computing:
             for content, parts in zip(encoded, uses.values(), strict=True):
                 voxels = decode(content, one.chunk, one.dtype)
                 for source, target in parts:
@@ -193,11 +193,12 @@ class RemoteReader:
         found: dict[tuple[int, int], bytes] = {}
         damaged = 0
         if kept is not None and trust:
-            for span in spans:
-                content, other = kept.chunk(*span)
-                damaged += other
-                if content is not None:
-                    found[span] = content
+            with self._computing:
+                for span in spans:
+                    content, other = kept.chunk(*span)
+                    damaged += other
+                    if content is not None:
+                        found[span] = content
             hits = len(found)
             cached = sum(map(len, found.values()))
             self.traffic.add(

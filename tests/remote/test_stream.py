@@ -250,6 +250,7 @@ def test_a_forked_process_is_refused(corpus: RemotePath) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
+@pytest.mark.slow
 def test_commands_take_a_cache(corpus: RemotePath, proxy: Proxy, tmp_path: Path) -> None:
     chunks = tmp_path / "chunks"
     cached = ("--data", str(corpus), "--preset", "tiny", "--cache", chunks)

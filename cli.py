@@ -86,6 +86,26 @@ RawPlaceOption = Annotated[
         help="Holds one folder per dataset: a folder, or a URL (s3, gs, az).",
     ),
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        envvar="PUMIT_CACHE",
+        metavar="FOLDER",
+        help="Keep on this disk what is read of a corpus in a store; shared by all processes of the machine.",
+        show_default=False,
+    ),
+]
+CacheLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--cache-gb",
+        envvar="PUMIT_CACHE_GB",
+        metavar="GB",
+        help="Limit of the cache; by default 100. What was read longest ago goes first.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -1014,6 +1034,49 @@ def view(
     _print(f"Preview: {saved}" if saved else "No preview: the image was not ingested.")
 
 
+@data.command("bench-loader")
+def bench_loader(
+    data_dir: DataOption = Path("data"),
+    kind: Annotated[
+        Literal["tokenizer", "mim"], typer.Option(help="What the crops would be for.")
+    ] = "tokenizer",
+    preset: Annotated[str, typer.Option(help="Named settings; see training/presets.")] = "paper",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Crops in a step; by default the preset's.", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read; by default the cores.", show_default=False)
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="About a third of the time that it takes.")] = 10,
+    cache: CacheOption = None,
+    cache_gb: CacheLimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the loader on your own shards; say what limits it, and what to change."""
+    from training.config import load_preset
+
+    overrides = _cached(cache, cache_gb)
+    config = (
+        load_preset("tokenizer", preset, overrides)
+        if kind == "tokenizer"
+        else load_preset("mim", preset, overrides)
+    )
+    from training import limits
+
+    figures = limits.measure(
+        data_dir,
+        config,
+        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        batch_size=batch or config.data.batch_size,
+        seconds=seconds,
+    )
+    if as_json:
+        _print_json(limits.as_json(figures))
+    else:
+        for line in limits.report(figures):
+            _print(line)
+
+
 PresetOption = Annotated[str, typer.Option(help="Named settings; see training/presets.")]
 RunOption = Annotated[Path, typer.Option("--run", help="Folder for checkpoints, logs and pictures.")]
 SetOption = Annotated[
@@ -1039,9 +1102,12 @@ def tokenizer(
     dedup: DedupOption = False,
     settings: SetOption = None,
     resume: ResumeOption = False,
+    cache: CacheOption = None,
+    cache_gb: CacheLimitOption = None,
 ) -> None:
     """Train the visual tokenizer (spatially adaptive convolutions, soft codebook)."""
-    _train("tokenizer", preset, [*(settings or ()), *_drawn_from(mix_name, dedup)], data_dir, run, resume)
+    overrides = [*(settings or ()), *_drawn_from(mix_name, dedup), *_cached(cache, cache_gb)]
+    _train("tokenizer", preset, overrides, data_dir, run, resume)
 
 
 @train.command()
@@ -1057,9 +1123,11 @@ def mim(
     dedup: DedupOption = False,
     settings: SetOption = None,
     resume: ResumeOption = False,
+    cache: CacheOption = None,
+    cache_gb: CacheLimitOption = None,
 ) -> None:
     """Train the ViT by masked image modelling against a trained tokenizer."""
-    overrides = [*(settings or ()), *_drawn_from(mix_name, dedup)]
+    overrides = [*(settings or ()), *_drawn_from(mix_name, dedup), *_cached(cache, cache_gb)]
     if tokenizer_run is not None:
         overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
     _train("mim", preset, overrides, data_dir, run, resume)
@@ -1189,6 +1257,12 @@ def _train(
         f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
         f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
     )
+
+
+def _cached(folder: Path | None, gigabytes: float | None) -> list[str]:
+    """The settings that --cache and --cache-gb stand for."""
+    given = {"cache_dir": folder and str(folder.absolute()), "cache_gb": gigabytes}
+    return [f"data.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
 
 
 def _specs_present(raw: RawFolder) -> list[DatasetSpec]:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -37,6 +37,8 @@ _BLOCK = 8 << 20
 """Bytes of one request, down or up: small enough to come through a slow line before it counts as stalled."""
 _UPLOADS_AT_ONCE = 4
 _NAMES_AT_ONCE = 1000
+_GAP = 1 << 17
+"""Bytes between two wanted ranges that are read along, for another request takes longer."""
 
 
 class StoreError(OSError):
@@ -176,6 +178,36 @@ class RemotePath:
         def get(client: Any) -> tuple[bytes, str]:
             answer = obstore.get(client, self.key)
             return answer.bytes().to_bytes(), answer.meta[self._state_name] or ""
+
+        return self._asked(get)
+
+    def ranges(self, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
+        """Parts of the object, asked for at the same time; FileNotFoundError if there is no such object.
+
+        Neighbours come in one answer. They are of one version only if the object is never replaced.
+        """
+        obstore = _library()
+
+        def get(client: Any) -> list[bytes]:
+            parts = obstore.get_ranges(client, self.key, starts=starts, ends=stops, coalesce=_GAP)
+            return [part.to_bytes() for part in parts]
+
+        return self._asked(get)
+
+    def end(self, count: int) -> bytes:
+        """The last `count` bytes of the object, or all of a smaller one, in one request where the store can."""
+        obstore = _library()
+        errors = obstore.exceptions
+
+        def get(client: Any) -> bytes:
+            try:
+                answer = obstore.get(client, self.key, options={"range": {"suffix": count}})
+                content: bytes = answer.bytes().to_bytes()
+            except errors.NotSupportedError:  # as Azure's
+                size = obstore.head(client, self.key)["size"]
+                part = obstore.get_range(client, self.key, start=max(size - count, 0), end=size)
+                content = part.to_bytes()
+            return content
 
         return self._asked(get)
 

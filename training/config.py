@@ -51,6 +51,10 @@ class DataConfig(_Section):
     """Size of a crop along height and along width in tokens of 16 voxels."""
     workers: Annotated[int, Field(ge=0)]
     """Processes that read crops; 0 reads in the training process. Any number gives the same batches."""
+    cache_dir: Path | None = None
+    """Folder on a disk of this machine that keeps what was read of a corpus in a store; its ranks share it."""
+    cache_gb: PositiveReal = 100.0
+    """Limit of that folder in GB (10^9 bytes)."""
 
 
 class OptimConfig(_Section):
@@ -223,7 +227,7 @@ _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
     "mim": MimRunConfig,
 }
 
-_FREE_ON_RESUME = ("device", "data.workers", "intervals.", "keep_checkpoints", "validation_")
+_FREE_ON_RESUME = ("device", "data.workers", "data.cache_", "intervals.", "keep_checkpoints", "validation_")
 """Fields (or sections, with the dot) that change no weight, so that a resumed run may set them anew."""
 
 

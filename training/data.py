@@ -23,11 +23,11 @@ from catalog.schema import CATALOG_SCHEMA
 from catalog.selection import Selection
 from catalog.split import split_fingerprints
 from catalog.store import Location
+from shards.cache import CacheConfig
 from shards.layout import LAYOUT_VERSION
-from shards.read import ShardReader
-from training.config import RunConfig
+from training.config import DataConfig, RunConfig
 from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
-from training.loader import BatchLoader, RawBatch, make_loader, read_batch
+from training.loader import BatchLoader, RawBatch, make_loader, open_reader, read_batch
 from training.plan import BatchPlanner, ValidationPlanner
 from training.run import World
 
@@ -53,7 +53,14 @@ class RunData:
         """The training batches from `first_step` (counted from 0) to the end of the run."""
         last = config.steps - 1
         return make_loader(
-            self.corpus, self.planner, first_step, last, config.data.workers, rank=world.rank, world=world.size
+            self.corpus,
+            self.planner,
+            first_step,
+            last,
+            config.data.workers,
+            rank=world.rank,
+            world=world.size,
+            cache=cache_of(config.data),
         )
 
 
@@ -74,7 +81,7 @@ def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | N
     measured, held_out = choose_images(candidates.table(), config.validation_images)
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
     batches = ValidationPlanner(measured, shown, config.data.batch_size)
-    reader = ShardReader(corpus.shards)
+    reader = open_reader(corpus.shards, cache_of(config.data))
     columns = (measured[name].to_pylist() for name in ("dataset", "key", "modality"))
     digests = catalog_digests(corpus)
     split, splits = split_fingerprints(corpus, digests)
@@ -127,7 +134,7 @@ def open_validation(place: Location, images: int) -> Validation:
         for table in tables:
             candidates.seen(table)
     chosen, held_out = choose_images(candidates.table(), images)
-    planner, reader = ValidationPlanner(chosen, _EVALUATED, _EVALUATED_AT_ONCE), ShardReader(corpus.shards)
+    planner, reader = ValidationPlanner(chosen, _EVALUATED, _EVALUATED_AT_ONCE), open_reader(corpus.shards)
     columns = (chosen[name].to_pylist() for name in ("dataset", "key", "modality"))
     return Validation(
         batches=[read_batch(reader, planner.plan(number)) for number in range(len(planner))],
@@ -138,6 +145,13 @@ def open_validation(place: Location, images: int) -> Validation:
 
 _EVALUATED = CropGeometry(tokens_z=4, tokens_x=8)
 _EVALUATED_AT_ONCE = 4
+
+
+def cache_of(data: DataConfig) -> CacheConfig | None:
+    """The local cache of a run, if it has one."""
+    if data.cache_dir is None:
+        return None
+    return CacheConfig(folder=data.cache_dir, limit_bytes=int(data.cache_gb * 1e9))
 
 
 def plan_batches(

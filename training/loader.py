@@ -1,17 +1,22 @@
 """From plans to voxels: workers read and decode the boxes of a step; nothing else happens on the CPU.
 
 Worker w of W handles the steps first + w, first + w + W, ... and hands each over as one message, so steps
-arrive in order whatever W is. A batch crosses the process border as one block of shared memory.
+arrive in order whatever W is. A batch crosses the process border as one block of shared memory. Of a corpus in
+an object store, each worker asks for the boxes of the next batches while it decodes those of one.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.context import BaseContext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +26,19 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
+from catalog.store import Location, RemotePath
+from shards.cache import CacheConfig
+from shards.chunks import Wanted
 from shards.read import ShardReader
+from shards.remote import Coming, RemoteReader
+from training.meter import Meter, Stopwatch, Work
 from training.plan import BatchPlan, Planner, SamplePlan
+from training.watch import NOTICE_SECONDS, Watch
 
+Reader: TypeAlias = "ShardReader | RemoteReader"
 _ALIGNMENT = 16  # bytes: any stored dtype may start at a multiple of it
+_BATCHES_AHEAD = 2
+"""Of a store, so many batches are under way beside the one that is put together: they hide its latency."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +48,8 @@ class RawBatch:
     plan: BatchPlan
     buffer: Tensor
     """All boxes one after the other, uint8, on the CPU or, after `to`, on a device."""
+    work: Work = Work()  # noqa: RUF009 - an immutable constant
+    """What reading them took."""
 
     @property
     def step(self) -> int:
@@ -64,42 +80,101 @@ class RawBatch:
 
     def pin_memory(self) -> RawBatch:
         """The same in page-locked memory, from which copies to a GPU overlap with its work."""
-        return RawBatch(self.plan, self.buffer.pin_memory())
+        return replace(self, buffer=self.buffer.pin_memory())
 
     def to(self, device: torch.device) -> RawBatch:
         """The same with the boxes on a device, in one copy."""
-        return RawBatch(self.plan, self.buffer.to(device, non_blocking=True))
+        return replace(self, buffer=self.buffer.to(device, non_blocking=True))
 
 
-def read_batch(reader: ShardReader, plan: BatchPlan) -> RawBatch:
+def open_reader(shards: Location, cache: CacheConfig | None = None) -> Reader:
+    """What reads boxes of the arrays in a folder or an object store; of a folder, nothing is cached."""
+    return RemoteReader(shards, cache) if isinstance(shards, RemotePath) else ShardReader(shards)
+
+
+def read_batch(reader: Reader, plan: BatchPlan) -> RawBatch:
     """Read the boxes of a plan.
 
     Raises SetupError, naming dataset, key and shard, if a box cannot be read.
     """
-    places, size = _layout(plan)
-    buffer = torch.empty(size, dtype=torch.uint8)
-    raw = buffer.numpy()
-    for sample, place in zip(plan.samples, places, strict=True):
-        voxels = _read(reader, sample)
-        raw[place.start : place.stop] = voxels.reshape(-1).view(np.uint8)
-    return RawBatch(plan, buffer)
+    return _Reading(reader, plan, plan_seconds=0.0).finish(Watch("the reader"))
+
+
+class _Reading:
+    """A batch on its way: of a store, its boxes are asked for at once."""
+
+    def __init__(self, reader: Reader, plan: BatchPlan, plan_seconds: float) -> None:
+        self._plan, self._plan_seconds = plan, plan_seconds
+        places, size = _layout(plan)
+        self._buffer = torch.empty(size, dtype=torch.uint8)
+        raw = self._buffer.numpy()
+        into = [raw[place.start : place.stop].view(place.dtype).reshape(place.shape) for place in places]
+        wanted = [_wanted(sample) for sample in plan.samples]
+        self._coming: Sequence[Coming] = ()
+        if isinstance(reader, RemoteReader):
+            self._coming = reader.request(wanted, into)
+            self._boxes: list[Callable[[], object]] = [one.result for one in self._coming]
+        else:
+            self._boxes = [partial(_read_into, reader, *pair) for pair in zip(wanted, into, strict=True)]
+
+    def cancel(self) -> None:
+        for one in self._coming:
+            one.cancel()
+
+    def finish(self, watch: Watch) -> RawBatch:
+        """The batch, once all of it is here; SetupError as `read_batch`."""
+        samples = self._plan.samples
+        shards = [one.shard for one in self._coming] or [sample.image.shard_path for sample in samples]
+        wall, cpu = time.perf_counter(), time.process_time()
+        for sample, shard, box in zip(samples, shards, self._boxes, strict=True):
+            image = f"{sample.image.dataset}/{sample.image.key}"
+            with watch.waiting(f"step {self._plan.step}: {image}, of which a part of {shard} is to come"):
+                _named(sample, box)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        work = Work(
+            batches=1,
+            crops=len(samples),
+            plan_seconds=self._plan_seconds,
+            decode_seconds=0 if self._coming else cpu,  # a remote reader counts its own, of all its threads
+            blocked_seconds=wall if self._coming else max(wall - cpu, 0.0),
+        )
+        return RawBatch(self._plan, self._buffer, work)
 
 
 class BatchLoader:
     """The batches of steps first ... last, in order. Every iteration starts anew, with fresh workers."""
 
-    def __init__(self, batches: DataLoader[RawBatch | SetupError], steps: int) -> None:
+    def __init__(
+        self, batches: DataLoader[RawBatch | SetupError], steps: range, rank: int, notice_seconds: float
+    ) -> None:
         self._batches = batches
         self._steps = steps
+        self._rank, self._notice = rank, notice_seconds
+        self._meter = Meter()
 
     def __len__(self) -> int:
-        return self._steps
+        return len(self._steps)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        for batch in self._batches:
-            if isinstance(batch, SetupError):
-                raise batch
-            yield batch
+        with Watch(f"rank {self._rank}", self._notice) as watch:
+            began, batches = time.perf_counter(), iter(self._batches)
+            for number, step in enumerate(self._steps):
+                with watch.waiting(self._due(number, step)):
+                    batch = next(batches)
+                if isinstance(batch, SetupError):
+                    raise batch
+                self._meter.add(batch.work, time.perf_counter() - began)
+                yield batch
+                began = time.perf_counter()
+
+    def take_meter(self) -> Meter:
+        """What the batches took that arrived since the last call."""
+        meter, self._meter = self._meter, Meter()
+        return meter
+
+    def _due(self, number: int, step: int) -> str:
+        workers = self._batches.num_workers
+        return f"step {step}" + (f", due from worker {number % workers} of {workers}" if workers else "")
 
 
 def make_loader(
@@ -112,29 +187,32 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     prefetch: int = 2,
+    cache: CacheConfig | None = None,
+    notice_seconds: float = NOTICE_SECONDS,
 ) -> BatchLoader:
     """Load rank `rank`'s slices of the steps first_step ... last_step (both included).
 
     Any number of workers gives the same batches; 0 reads in the calling process. At most `prefetch` batches
     per worker wait in memory. Workers are started by forkserver, since TensorStore does not survive a fork.
-    Neither the loader nor its workers touch the global random state.
+    Neither the loader nor its workers touch the global random state. Of a corpus in a store, what was read is
+    kept in the `cache`. Who waits longer than `notice_seconds` logs for what.
 
     Raises SetupError while iterating, naming dataset, key and shard, if an image cannot be read.
     """
     steps = range(first_step, last_step + 1)
     loader: DataLoader[RawBatch | SetupError] = DataLoader(
-        _Steps(corpus, planner, steps, rank, world),
+        _Steps(open_reader(corpus.shards, cache), planner, steps, rank, world, notice_seconds),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        multiprocessing_context=_worker_context() if workers else None,
+        multiprocessing_context=worker_context() if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
-    return BatchLoader(loader, len(steps))
+    return BatchLoader(loader, steps, rank, notice_seconds)
 
 
-def _worker_context() -> BaseContext:
+def worker_context() -> BaseContext:
     """Workers come from a server that has imported this module once, instead of each importing torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -144,27 +222,73 @@ def _worker_context() -> BaseContext:
 class _Steps(IterableDataset[RawBatch | SetupError]):
     """The stream of one worker. A failure travels as an item: as an exception, its message would be wrapped."""
 
-    def __init__(self, corpus: Corpus, planner: Planner, steps: range, rank: int, world: int) -> None:
-        self._reader = ShardReader(corpus.shards)
-        self._planner = planner
+    def __init__(
+        self, reader: Reader, planner: Planner, steps: range, rank: int, world: int, notice_seconds: float
+    ) -> None:
+        self._reader, self._planner = reader, planner
         self._steps = steps
         self._rank, self._world = rank, world
+        self._notice = notice_seconds
 
     def __iter__(self) -> Iterator[RawBatch | SetupError]:
         worker = get_worker_info()
         mine = self._steps[worker.id :: worker.num_workers] if worker else self._steps
-        for step in mine:
-            try:
-                yield read_batch(self._reader, self._planner.plan(step, self._rank, self._world))
-            except SetupError as error:
-                yield error
-                return
+        try:
+            yield from read_steps(self._reader, self._planner, mine, self._rank, self._world, self._notice)
+        except SetupError as error:
+            yield error
 
 
-def _read(reader: ShardReader, sample: SamplePlan) -> npt.NDArray[Any]:
+def read_steps(
+    reader: Reader,
+    planner: Planner,
+    steps: Iterable[int],
+    rank: int,
+    world: int,
+    notice_seconds: float = NOTICE_SECONDS,
+) -> Iterator[RawBatch]:
+    """Rank `rank`'s slices of some steps, read in this process.
+
+    Raises SetupError, naming dataset, key and shard, if an image cannot be read.
+    """
+    worker = get_worker_info()
+    remote = reader if isinstance(reader, RemoteReader) else None
+    stopwatch = Stopwatch(remote.traffic if remote else None)
+    under_way: deque[_Reading] = deque()
+    coming = iter(steps)
+
+    def begin(step: int) -> _Reading:
+        began = time.thread_time()
+        plan = planner.plan(step, rank, world)
+        return _Reading(reader, plan, time.thread_time() - began)
+
+    try:
+        with Watch(f"rank {rank}" + (f", worker {worker.id}" if worker else ""), notice_seconds) as watch:
+            while True:
+                free = (_BATCHES_AHEAD if remote else 0) + 1 - len(under_way)
+                under_way.extend(begin(step) for step in itertools.islice(coming, free))
+                if not under_way:
+                    return
+                batch = under_way.popleft().finish(watch)
+                yield replace(batch, work=batch.work + Work(**stopwatch.lap()))
+    finally:
+        for reading in under_way:
+            reading.cancel()
+
+
+def _wanted(sample: SamplePlan) -> Wanted:
+    image = sample.image
+    return Wanted(image.shard_path, image.shard_shape, image.dtype, image.shard_index, sample.box)
+
+
+def _read_into(reader: ShardReader, wanted: Wanted, into: npt.NDArray[Any]) -> None:
+    into[...] = reader.read(*wanted)
+
+
+def _named(sample: SamplePlan, read: Callable[[], object]) -> None:
     image = sample.image
     try:
-        return reader.read(image.shard_path, image.shard_shape, image.dtype, image.shard_index, sample.box)
+        read()
     except (SetupError, OSError, ValueError) as error:
         raise SetupError(f"{image.dataset}/{image.key} (shard {image.shard_path}): {error}") from error
 

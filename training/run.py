@@ -21,7 +21,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -36,9 +36,14 @@ from catalog.durable import sync
 from catalog.errors import SetupError
 from catalog.lock import LOCK_FILE
 from training.config import RunConfig, changed_fields
+from training.meter import Meter
+from training.meter import scalars as meter_scalars
 
 AVERAGED_STEPS = 10
 """Steps over which the first and the last loss of a run are averaged."""
+
+SHOWN_WAIT_SHARE = 0.05
+"""Share of the time that a run may wait for data before its progress says so."""
 
 MAX_NON_FINITE_STEPS = 3
 """Consecutive steps without a finite loss or gradient after which a run stops (as DINOv3 does)."""
@@ -117,9 +122,12 @@ class Run:
         self._bad_steps: list[str] = []
         self._losses: dict[str, list[float]] = {"first": [], "last": []}
         self._images, self._seconds, self._mark = 0, 0.0, 0.0
+        self._waiting = 0.0
         self.first_step = 0
         self.numbers: dict[str, float] = {}
         """What else a loop carries from step to step; saved and restored with the rest."""
+        self.take_meter: Callable[[], Meter] | None = None
+        """What loading took since it was asked last; logged with the rest."""
         self._checkpoint: Path | None = None
         if resume:
             self._checkpoint = self._open_to_resume()
@@ -305,10 +313,16 @@ class Run:
         if math.isfinite(loss):
             self._losses["first"] = [*self._losses["first"], loss][:AVERAGED_STEPS]
             self._losses["last"] = [*self._losses["last"], loss][-AVERAGED_STEPS:]
+        due = self.due(step, self.config.intervals.log_every_steps)
+        loading = meter_scalars(self.take_meter()) if due and self.take_meter else {}
+        self._waiting = loading.get("loader/wait_share", self._waiting)
         speed = f"loss {loss:.4f}  {self._images / self._seconds:.1f} images/s"
+        if self._waiting >= SHOWN_WAIT_SHARE:
+            speed += f"  {self._waiting:.0%} waiting for data"
         self._progress.update(self._task, completed=step + 1, speed=speed)
-        if self.due(step, self.config.intervals.log_every_steps):
-            self.log(step, {"loss": loss, "images_per_second": self._images / self._seconds, **scalars})
+        if due:
+            rates = {"loss": loss, "images_per_second": self._images / self._seconds}
+            self.log(step, {**rates, **loading, **scalars})
             if not self.console.is_terminal:
                 self.console.print(f"{self.config.kind}: step {step + 1}/{self.config.steps}  {speed}")
 

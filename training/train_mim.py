@@ -68,6 +68,7 @@ def train(
 
         measured: dict[str, float] = {}
         loader = data.loader(config, run.first_step, run.world)
+        run.take_meter = loader.take_meter
         for step, batch in zip(run.steps(), loader, strict=True):
             crops = render(batch, run.device)
             with torch.no_grad(), run.autocast():

@@ -73,6 +73,8 @@ def test_curves_and_pictures_are_written(whole):
     log = EventAccumulator(str(whole / "tensorboard")).Reload()
     assert [event.step for event in log.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert {"discriminator_loss", "loss/adversarial", "validation/psnr"} <= set(log.Tags()["scalars"])
+    assert all(0 <= event.value <= 1 for event in log.Scalars("loader/wait_share"))
+    assert all(event.value > 0 for event in log.Scalars("loader/decode_ms_per_crop"))
     assert [p.name for p in sorted((whole / "pictures").iterdir())] == [
         "step-00000003.png",
         "step-00000006.png",

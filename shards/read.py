@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,25 @@ class ShardReader:
         OSError if the operating system, or StoreError if an object store, refuses to read it, ValueError if the
         box or the index lies outside it, RuntimeError after a fork.
         """
+        channels = shape[0] if index is None else shape[1]
+        voxels = np.empty((channels, *(max(stop - start, 0) for start, stop in box)), dtype)
+        self.begin(path, shape, dtype, index, box, voxels)()
+        return voxels
+
+    def begin(
+        self,
+        path: str,
+        shape: Shape,
+        dtype: npt.DTypeLike,
+        index: int | None,
+        box: Box,
+        into: npt.NDArray[Any],
+    ) -> Callable[[], None]:
+        """Start to read a box into an array (C, d, h, w) of `dtype`; the call of what is returned waits for it.
+
+        While one box is decoded, those begun after it are read. The arguments and errors are those of `read`;
+        what concerns the array as a whole is raised at once, what concerns its voxels by the call.
+        """
         refuse_fork()
         depth, height, width = (slice(start, stop) for start, stop in box)
         if index is None:
@@ -94,14 +114,20 @@ class ShardReader:
         inside = all(0 <= start < stop <= size for (start, stop), size in zip(box, extent, strict=True))
         if not inside or not 0 <= (index or 0) < shape[0]:
             raise ValueError(f"{path}: box {box} of image {index} is not inside the array of shape {shape}")
-        try:
+        import tensorstore
+
+        folder = self._root / path
+        with _explained(folder):
             array = self._open(path, tuple(shape), np.dtype(dtype).name)
-            voxels: npt.NDArray[Any] = array[where].read(order="C").result()
-        except ValueError as error:
-            folder = self._root / path
-            reason = str(error).split(" [", 1)[0]  # the rest repeats the whole specification
-            raise _outer_error(error, folder) or SetupError(_complaint(folder, reason)) from error
-        return voxels if index is None else voxels.transpose(1, 0, 2, 3)
+            # Decoded straight to where it belongs: what its own `read` returns would have to be copied.
+            target = tensorstore.array(into if index is None else into.transpose(1, 0, 2, 3), context=context())
+            reading = target.write(array[where])
+
+        def wait() -> None:
+            with _explained(folder):
+                reading.result()
+
+        return wait
 
     def _open_array(self, path: str, shape: Shape, dtype: str) -> Any:
         import tensorstore  # 50 ms that a listing of the catalog need not pay
@@ -141,6 +167,16 @@ def _kvstore(folder: Location) -> dict[str, Any]:
     if isinstance(folder, RemotePath):
         return tensorstore_kvstore(folder)
     return {"driver": "file", "path": str(folder)}
+
+
+@contextlib.contextmanager
+def _explained(folder: Location) -> Iterator[None]:
+    """What TensorStore says of an array, as an error that says what to do."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).split(" [", 1)[0]  # the rest repeats the whole specification
+        raise _outer_error(error, folder) or SetupError(_complaint(folder, reason)) from error
 
 
 def _outer_error(error: ValueError, folder: Location) -> OSError | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
@@ -22,9 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from shards.read import ShardReader
+from training.images import StoredImage
 from training.plan import BatchPlan, Planner, SamplePlan
 
 _ALIGNMENT = 16  # bytes: any stored dtype may start at a multiple of it
+_READ_AT_ONCE = 8
+"""Boxes under way in one process: while one is decoded, the disk reads the next. Each holds some MB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,9 +84,15 @@ def read_batch(reader: ShardReader, plan: BatchPlan) -> RawBatch:
     places, size = _layout(plan)
     buffer = torch.empty(size, dtype=torch.uint8)
     raw = buffer.numpy()
+    under_way: deque[Callable[[], None]] = deque()
     for sample, place in zip(plan.samples, places, strict=True):
-        voxels = _read(reader, sample)
-        raw[place.start : place.stop] = voxels.reshape(-1).view(np.uint8)
+        if len(under_way) == _READ_AT_ONCE:
+            under_way.popleft()()
+        under_way.append(
+            _begin(reader, sample, raw[place.start : place.stop].view(place.dtype).reshape(place.shape))
+        )
+    for finish in under_way:
+        finish()
     return RawBatch(plan, buffer)
 
 
@@ -161,10 +172,19 @@ class _Steps(IterableDataset[RawBatch | SetupError]):
                 return
 
 
-def _read(reader: ShardReader, sample: SamplePlan) -> npt.NDArray[Any]:
+def _begin(reader: ShardReader, sample: SamplePlan, into: npt.NDArray[Any]) -> Callable[[], None]:
     image = sample.image
+    with _naming(image):
+        finish = reader.begin(
+            image.shard_path, image.shard_shape, image.dtype, image.shard_index, sample.box, into
+        )
+    return _naming(image)(finish)
+
+
+@contextmanager
+def _naming(image: StoredImage) -> Iterator[None]:
     try:
-        return reader.read(image.shard_path, image.shard_shape, image.dtype, image.shard_index, sample.box)
+        yield
     except (SetupError, OSError, ValueError) as error:
         raise SetupError(f"{image.dataset}/{image.key} (shard {image.shard_path}): {error}") from error
 

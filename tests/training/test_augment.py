@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,11 @@ class Memory:
     def __init__(self, *images: np.ndarray) -> None:
         self._images = images
 
-    def read(self, path: str, shape: tuple[int, ...], dtype: str, index: int | None, box: Any) -> np.ndarray:
-        return self._images[int(path)][(slice(None), *(slice(start, stop) for start, stop in box))]
+    def begin(
+        self, path: str, shape: tuple[int, ...], dtype: str, index: int | None, box: Any, into: np.ndarray
+    ) -> Callable[[], None]:
+        into[...] = self._images[int(path)][(slice(None), *(slice(start, stop) for start, stop in box))]
+        return lambda: None
 
 
 def sample(voxels: np.ndarray, number: int, crop: Size, at: Start = None, **changes: Any) -> SamplePlan:
@@ -308,8 +312,11 @@ def test_a_gpu_makes_the_same_crops() -> None:
 
 def test_reading_errors_name_the_image() -> None:
     class Broken:
-        def read(self, *_: Any) -> np.ndarray:
-            raise ValueError("checksum mismatch")
+        def begin(self, *_: Any) -> Callable[[], None]:
+            def wait() -> None:
+                raise ValueError("checksum mismatch")
+
+            return wait
 
     voxels = noise((1, 4, 16, 16))
     plan = batch_of([voxels], [sample(voxels, 0, (4, 16, 16))], (4, 16, 16)).plan

@@ -1,6 +1,7 @@
 """A folder as an S3-compatible store on loopback that answers after a while: GET and HEAD, with ranges.
 
-It runs in a process of its own, so that its work is not counted as a reader's.
+The name of the bucket says after what while: `after-20-ms` holds the same as `after-0-ms`. The store runs in a
+process of its own, so that its work is not counted as a reader's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = 1 << 16
     root: Path
-    latency: float
 
     def log_message(self, *_: Any) -> None:
         """Nothing is logged."""
@@ -35,18 +35,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_content=True)
 
     def _answer(self, *, with_content: bool) -> None:
-        time.sleep(self.latency)
-        path = self.root / unquote(urlsplit(self.path).path).lstrip("/")
+        wanted = re.fullmatch(r"/after-(\d+)-ms/(.+)", unquote(urlsplit(self.path).path))
+        if wanted:
+            time.sleep(int(wanted[1]) / 1e3)
+        path = self.root / (wanted[2] if wanted else "")
         if not path.is_file():
             self._send(404, b"<Error><Code>NoSuchKey</Code></Error>", {}, with_content=with_content)
             return
         size = path.stat().st_size
-        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
+        span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
         start, stop = 0, size
-        if wanted and not wanted[1]:
-            start = max(size - int(wanted[2]), 0)
-        elif wanted:
-            start, stop = int(wanted[1]), min(int(wanted[2] or size) + 1, size)
+        if span and not span[1]:
+            start = max(size - int(span[2]), 0)
+        elif span:
+            start, stop = int(span[1]), min(int(span[2] or size) + 1, size)
         with path.open("rb") as file:
             file.seek(start)
             content = file.read(stop - start) if with_content else b""
@@ -55,9 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
             "Last-Modified": email.utils.formatdate(0, usegmt=True),
             "Accept-Ranges": "bytes",
         }
-        if wanted:
+        if span:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        self._send(206 if wanted else 200, content, headers, length=stop - start, with_content=with_content)
+        self._send(206 if span else 200, content, headers, length=stop - start, with_content=with_content)
 
     def _send(
         self, state: int, body: bytes, headers: dict[str, str], *, with_content: bool, length: int | None = None
@@ -72,8 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-def _serve(root: Path, latency: float, answer: Connection) -> None:
-    handler = type("Handler", (_Handler,), {"root": root, "latency": latency})
+def _serve(root: Path, answer: Connection) -> None:
+    handler = type("Handler", (_Handler,), {"root": root})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     answer.send(server.server_address[1])
@@ -81,11 +83,11 @@ def _serve(root: Path, latency: float, answer: Connection) -> None:
 
 
 @contextlib.contextmanager
-def serving(root: Path, latency: float) -> Iterator[str]:
-    """URL of a store whose buckets are the folders below `root`; `latency` in seconds for each request."""
+def serving(root: Path) -> Iterator[str]:
+    """URL of a store whose buckets all hold what lies below `root`."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(root, latency, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(root, theirs), daemon=True)
     process.start()
     try:
         yield f"http://127.0.0.1:{ours.recv()}"

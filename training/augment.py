@@ -102,21 +102,17 @@ def _resample_plane(box_Cdhw: Tensor, sample: SamplePlan, size_HW: torch.Size) -
 
 def _resample_depth(slices_CdHW: Tensor, sample: SamplePlan, crop_CDHW: Tensor) -> None:
     """Fill a crop by interpolation between whole slices."""
-    have, size, device = slices_CdHW.shape[1], crop_CDHW.shape[1], crop_CDHW.device
-    at_D = sample.centre[0] + sample.matrix[0][0] * _offsets(size, sample.flips[0])
+    have, size, centre, slope = slices_CdHW.shape[1], crop_CDHW.shape[1], sample.centre[0], sample.matrix[0][0]
+    at_D = centre + slope * _offsets(size, sample.flips[0], crop_CDHW.device)
     clipped_D = at_D.clamp(0, have - 1)
     lower_D = clipped_D.long()
     upper_D = (lower_D + 1).clamp(max=have - 1)
     share_D11 = (clipped_D - lower_D).float()[:, None, None]
-    torch.lerp(
-        slices_CdHW.index_select(1, lower_D.to(device)),
-        slices_CdHW.index_select(1, upper_D.to(device)),
-        share_D11.to(device),
-        out=crop_CDHW,
-    )
-    inside_D = (at_D >= -0.5) & (at_D <= have - 0.5)
-    if not inside_D.all():
-        crop_CDHW.mul_(inside_D[:, None, None].to(device))
+    lower_CDHW, upper_CDHW = (slices_CdHW.index_select(1, at) for at in (lower_D, upper_D))
+    torch.lerp(lower_CDHW, upper_CDHW, share_D11, out=crop_CDHW)
+    if abs(centre - (have - 1) / 2) + abs(slope) * (size - 1) / 2 > have / 2:
+        inside_D = (at_D >= -0.5) & (at_D <= have - 0.5)
+        crop_CDHW.mul_(inside_D[:, None, None])
 
 
 def _interpolated(images: Tensor, grid: Tensor, inside: Tensor | None) -> Tensor:
@@ -146,11 +142,12 @@ def _grid(
         middle = (sample.centre[axis] - (have - 1) / 2) * unit
         terms, reach = [], abs(middle)
         for along, (length, column) in enumerate(zip(size, axes, strict=True)):
-            term = unit * sample.matrix[axis][column] * _offsets(length, sample.flips[column])
-            reach += float(term.abs().max())
+            slope = unit * sample.matrix[axis][column]
+            reach += abs(slope) * (length - 1) / 2
+            term = slope * _offsets(length, sample.flips[column], points.device)
             shape = [1] * len(size)
             shape[along] = length
-            terms.append((term if along else term + middle).float().to(points.device).view(shape))
+            terms.append((term if along else term + middle).float().view(shape))
         at = points[len(axes) - 1 - number]
         torch.add(terms[0], sum(terms[2:], terms[1]), out=at)
         if reach > bound:
@@ -159,9 +156,12 @@ def _grid(
     return points.movedim(0, -1), inside
 
 
-def _offsets(size: int, reverse: bool) -> Tensor:
-    """Offsets of voxels from the centre of an axis, (size,) float64 on the CPU; a flip negates them."""
-    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+def _offsets(size: int, reverse: bool, device: torch.device) -> Tensor:
+    """Offsets of voxels from the centre of an axis, (size,) float64; a flip negates them.
+
+    Made where they are used: a small copy to a GPU would wait for all that it still has to do.
+    """
+    offsets = torch.arange(size, dtype=torch.float64, device=device) - (size - 1) / 2
     return -offsets if reverse else offsets
 
 

@@ -9,9 +9,9 @@
 - `delivered`: augmented crops on the CPU, from file to tensor. CPU time.
 - `gpu`: crops delivered to a GPU and augmented there, and the share of steps spent waiting for them.
 
-Contestants of a section take turns, batch by batch, in one process with one thread for torch; figures are
-medians over batches, for one crop. Crops are 64 x 128 x 128, or as the DA level asks; the images are real (see
-benchmarks/loading/volumes.py), and so is the paper's augmentation. The peers:
+Contestants of a section take turns, batch by batch, in one process with one thread for torch. Figures are for
+one crop: means over the batches, medians over rounds. Crops are 64 x 128 x 128, or as the DA level asks, of
+real images (benchmarks/loading/volumes.py), with the paper's augmentation. The peers:
 
 - **float16 memory map**: the reference implementation's files. In `delivered` it reads whole slices, at most
   96, and MONAI transforms them lazily with one resampling, as there.
@@ -79,25 +79,19 @@ def row(case: str, mine: float, peer: str, theirs: float, unit: str, *, more_is_
 
 
 def interleaved(
-    contestants: dict[str, Callable[[BatchPlan], Any]],
-    plans: list[BatchPlan],
-    clock: Callable[[], float],
-    before: Callable[[], None] = lambda: None,
+    contestants: dict[str, Callable[[BatchPlan], Any]], plans: list[BatchPlan], rounds: int
 ) -> dict[str, float]:
-    """Median over the plans of what a clock says of one crop, in the clock's unit."""
-    order, times = random.Random(0), {name: [] for name in contestants}
-    for plan in plans:
-        for name in order.sample(list(contestants), len(contestants)):
-            before()
-            gc.collect()
-            start = clock()
-            contestants[name](plan)
-            times[name].append((clock() - start) / len(plan.samples))
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
-def cpu_ms() -> float:
-    return time.process_time() * 1e3
+    """ms of CPU time for one crop: the mean over the plans, since crops differ; the median of the rounds."""
+    order, times = random.Random(0), {name: [0.0] * rounds for name in contestants}
+    for number in range(rounds):
+        for plan in plans:
+            for name in order.sample(list(contestants), len(contestants)):
+                gc.collect()
+                start = time.process_time()
+                contestants[name](plan)
+                times[name][number] += (time.process_time() - start) * 1e3
+    crops = sum(len(plan.samples) for plan in plans)
+    return {name: statistics.median(found) / crops for name, found in times.items()}
 
 
 def wall_ms() -> float:
@@ -129,13 +123,20 @@ def compared(case: str, found: dict[str, float], unit: str) -> Iterator[Row]:
 # sections ----------------------------------------------------------------------------------------------------
 
 
+def first_plans(group: Group, quick: bool) -> list[BatchPlan]:
+    planner = group.planner(BATCH)
+    return [planner.plan(step) for step in range(4 if quick else 8)]
+
+
 def read_section(groups: list[Group], quick: bool) -> Iterator[Row]:
     for group in groups:
-        plans = [group.planner(BATCH).plan(step) for step in range(3 if quick else 15)]
+        plans = first_plans(group, quick)
         contestants = readers(group, plans[0])
         for reader in contestants.values():  # imports, caches of files and of MONAI
             reader(plans[0])
-        yield from compared(f"read, {group.name}", interleaved(contestants, plans, cpu_ms), "ms CPU/crop")
+        yield from compared(
+            f"read, {group.name}", interleaved(contestants, plans, 1 if quick else 5), "ms CPU/crop"
+        )
 
 
 def cold_section(groups: list[Group], quick: bool) -> Iterator[Row]:
@@ -159,8 +160,7 @@ def cold_section(groups: list[Group], quick: bool) -> Iterator[Row]:
             print(f"cold, {group.name}: not measured, since the system did not drop its copies (memory disk?)")
             continue
         case = f"cold, {group.name}"
-        yield from compared(case, {name: statistics.median(found) for name, found in times.items()}, "ms/crop")
-        # Both are means: the bytes of a crop vary too much for the median of one to suit that of the other.
+        yield from compared(case, {name: statistics.mean(found) for name, found in times.items()}, "ms/crop")
         mean = {name: statistics.mean(found) for name, found in bytes_read.items()}
         yield from compared(f"{case}, bytes", mean, "MB/crop")
         least = statistics.mean(touched_mb(group, plan) for plan in plans)
@@ -225,12 +225,12 @@ def crops_per_second(corpus: Corpus, group: Group, batches: int) -> float:
 
 def delivered_section(groups: list[Group], quick: bool) -> Iterator[Row]:
     for group in groups:
-        plans = [group.planner(BATCH).plan(step) for step in range(3 if quick else 15)]
+        plans, rounds = first_plans(group, quick), 1 if quick else 3
         contestants = delivering(group)
         for deliver in contestants.values():
             deliver(plans[0])
-        found = interleaved(contestants, plans, cpu_ms)
-        reading = interleaved({"ours": ours(group, "fast")}, plans, cpu_ms)["ours"]
+        found = interleaved(contestants, plans, rounds)
+        reading = interleaved({"ours": ours(group, "fast")}, plans, rounds)["ours"]
         print(f"delivered, {group.name}: of ours, {reading:.2f} ms are reading and decoding")
         yield from compared(f"delivered, {group.name}", found, "ms CPU/crop")
 

@@ -1,8 +1,8 @@
 """Who reads a batch of crops: ours, each peer in its usual way, and TensorStore alone as the limit.
 
 A reader takes the plan of a batch and returns, for each sample, what it got to crop from: the planned box of
-the same image (TensorStore, memory map, blosc2), or a whole volume (MONAI's persistent cache; MosaicML
-Streaming and WebDataset, which go through the samples in their own order).
+the same image (TensorStore, memory map, blosc2), or the whole volume (MONAI's persistent cache, MosaicML
+Streaming; WebDataset gives the volumes in the order of its file, which is random).
 """
 
 from __future__ import annotations
@@ -108,14 +108,9 @@ def mosaic(group: Group) -> Reader:
     """LocalDataset: the samples of StreamingDataset without its shared memory, which only costs time here."""
     from streaming import LocalDataset
 
-    def endless() -> Iterator[Voxels]:
-        dataset = LocalDataset(str(group.mds))
-        while True:
-            for number in range(len(dataset)):
-                yield dataset[number]["voxels"]
-
-    samples = endless()
-    return lambda plan: [next(samples) for _ in plan.samples]
+    dataset = LocalDataset(str(group.mds))
+    place = {key: number for number, key in enumerate(group.keys)}
+    return lambda plan: [dataset[place[sample.image.key]]["voxels"] for sample in plan.samples]
 
 
 def webdataset_samples(group: Group) -> Reader:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import random
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def _write(work: Path, name: str, sources: list[ImageSource], copies: int) -> Gr
     for key, sample in samples:
         group.npy(key).parent.mkdir(exist_ok=True)
         np.save(group.npy(key), sample)
-    _write_tar(group.tar, samples)
+    _write_tar(group.tar, random.Random(0).sample(samples, len(samples)))
     if has("blosc2"):
         for key, voxels, row in images:
             _write_blosc2(group.b2nd(key), voxels, CROP.size(row["da_level"]))

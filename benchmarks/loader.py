@@ -125,7 +125,7 @@ def compared(case: str, found: dict[str, float], unit: str) -> Iterator[Row]:
 
 def first_plans(group: Group, quick: bool) -> list[BatchPlan]:
     planner = group.planner(BATCH)
-    return [planner.plan(step) for step in range(4 if quick else 8)]
+    return [planner.plan(step) for step in range(2 if quick else 8)]
 
 
 def read_section(groups: list[Group], quick: bool) -> Iterator[Row]:
@@ -141,7 +141,7 @@ def read_section(groups: list[Group], quick: bool) -> Iterator[Row]:
 
 def cold_section(groups: list[Group], quick: bool) -> Iterator[Row]:
     for group in groups:
-        plans = [group.planner(BATCH).plan(step) for step in range(100, 103 if quick else 115)]
+        plans = [group.planner(BATCH).plan(step) for step in range(100, 102 if quick else 115)]
         contestants: dict[str, Reader] = {
             name: reader
             for name, reader in readers(group, plans[0]).items()

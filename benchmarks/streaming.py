@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from catalog.store import RemotePath, tensorstore_context, tensorstore_kvstore
+from catalog.store import RETRIES, RemotePath
 from shards.cache import CacheConfig
 from shards.chunks import Wanted
 from shards.read import ShardReader
@@ -109,13 +109,21 @@ def read_tensorstore(root: RemotePath, work: list[list[Wanted]], at_once: int) -
         "data_copy_concurrency": {"limit": 1},
         "s3_request_concurrency": {"limit": at_once},
     }
-    context = tensorstore.Context(limits | tensorstore_context())
+    context = tensorstore.Context(limits | {"s3_request_retries": {"max_retries": RETRIES}})
     arrays: dict[str, Any] = {}
 
     def start(batch: list[Wanted]) -> list[Any]:
         for one in batch:
             if one.path not in arrays:
-                spec = {"driver": "zarr3", "kvstore": tensorstore_kvstore(root / one.path), "open": True}
+                kvstore = {
+                    "driver": "s3",
+                    "endpoint": os.environ["AWS_ENDPOINT_URL"],
+                    "aws_region": os.environ["AWS_REGION"],
+                    "aws_credentials": {"type": "environment"},
+                    "bucket": root.bucket,
+                    "path": f"{(root / one.path).key}/",
+                }
+                spec = {"driver": "zarr3", "kvstore": kvstore, "open": True}
                 known = {"fill_missing_data_reads": False, "recheck_cached_data": False}
                 arrays[one.path] = tensorstore.open(spec | known, context=context)
         return [

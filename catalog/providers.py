@@ -165,18 +165,3 @@ def library() -> Any:
             "an object store takes the package obstore. Install it: pip install 'pumit-data[remote]'."
         ) from error
     return obstore
-
-
-def tensorstore_kvstore(scheme: str, container: str, key: str) -> dict[str, Any] | None:
-    """Where TensorStore finds the objects below a key; None for a kind of store that it does not read."""
-    if PROVIDERS[scheme].is_web:
-        return {"driver": "http", "base_url": f"{scheme}://{container}", "path": f"/{key}/"}
-    if scheme == "gs":
-        return {"driver": "gcs", "bucket": container, "path": f"{key}/"}
-    if scheme != "s3":
-        return None
-    # The library's default looks for ~/.aws first, and complains on stderr that there is none.
-    kind = "environment" if "AWS_ACCESS_KEY_ID" in os.environ else "default"
-    spec = {"driver": "s3", "bucket": container, "path": f"{key}/", "aws_credentials": {"type": kind}}
-    named = {"endpoint": PROVIDERS["s3"].endpoint, "aws_region": region()}
-    return spec | {name: value for name, value in named.items() if value is not None}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import io
-import os
 import re
 import shutil
 import time
@@ -334,35 +333,6 @@ def folder(text: str | Path) -> Path:
     if "://" in str(text):
         raise SetupError(f"{text}: give a folder on this machine; `download` and `add` write there alone.")
     return Path(text)
-
-
-def tensorstore_kvstore(path: RemotePath) -> dict[str, Any]:
-    """Where TensorStore finds the objects below `path`; StoreError where it finds none in such a store."""
-    found = providers.tensorstore_kvstore(path.scheme, path.bucket, path.key)
-    if found is None:
-        forms = f"{PROVIDERS['s3'].form} or {PROVIDERS['gs'].form}"
-        why = f"voxels cannot be read out of this kind of store; copy the corpus to a folder, or to {forms}"
-        raise StoreError(errno.ENOTSUP, why, str(path))
-    return found
-
-
-def zarr_store(path: RemotePath) -> Any:
-    """The bucket of `path`, as zarr-python reads it."""
-    from zarr.storage import ObjectStore
-
-    return ObjectStore(_client(path.scheme, path.bucket), read_only=True)
-
-
-def tensorstore_context() -> dict[str, Any]:
-    """How often TensorStore asks again. Call it before the first request: patience goes by environment."""
-    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(STALL_SECONDS))
-    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
-    patience = {
-        "max_retries": RETRIES,
-        "initial_delay": f"{_FIRST_PAUSE_SECONDS}s",
-        "max_delay": f"{_LONGEST_PAUSE_SECONDS}s",
-    }
-    return {f"{kind}_request_retries": patience for kind in ("s3", "gcs", "http")}
 
 
 def store_error(path: RemotePath, text: str) -> StoreError:

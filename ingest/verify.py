@@ -8,6 +8,7 @@ processes, and computes the statistics again.
 from __future__ import annotations
 
 import fcntl
+import functools
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ingest.spec import DatasetSpec
+    from shards.remote import Reader
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -507,17 +509,27 @@ def problems_of_row(row: Row) -> list[str]:
     return problems
 
 
+@functools.cache
+def _reader(shards: Location) -> Reader:
+    """One for each process: threads and connections of a remote one serve all rows."""
+    from shards.remote import open_reader
+
+    return open_reader(shards)
+
+
 def problems_of_voxels(shards: Location, row: Row) -> list[str]:
     """Read the voxels of a row, and compare the statistics computed from them with those it holds."""
     from ingest.intensity import percentile_window, statistics
     from ingest.reasons import ExcludedImage
-    from shards.read import ShardReader
+    from shards.chunks import Wanted
+    from shards.remote import read_box
 
     box = ((0, row["shape_d"]), (0, row["shape_h"]), (0, row["shape_w"]))
     try:
-        voxels = ShardReader(shards, open_limit=1).read(
+        wanted = Wanted(
             row["shard_path"], tuple(row["shard_shape"]), row["stored_dtype"], row["shard_index"], box
         )
+        voxels = read_box(_reader(shards), wanted)
         found = statistics(voxels)
     except (SetupError, ExcludedImage) as error:
         return [str(error)]

@@ -1,4 +1,4 @@
-"""One box of one stored image: only the inner chunks it touches are read and decoded."""
+"""One box of an image stored in a folder: only the inner chunks it touches are read and decoded."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from catalog.errors import SetupError
-from catalog.store import (
-    Location,
-    RemotePath,
-    store_error,
-    tensorstore_context,
-    tensorstore_kvstore,
-)
 from shards.check import metadata_forms
 from shards.layout import METADATA_FILE, Shape, array_chunk, array_metadata, refuse_newer_layout
 
@@ -30,8 +24,8 @@ _log = logging.getLogger(__name__)
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """(start, stop) along depth, height and width, in voxels."""
 
-_Stored: TypeAlias = "Callable[[tuple[slice, ...]], npt.NDArray[Any]]"
-"""Reads a box of an open array."""
+Opened: TypeAlias = "Callable[[tuple[slice, ...], npt.NDArray[Any]], Callable[[], object]]"
+"""Starts to read a box of an open array into another one, and returns what waits for it."""
 
 _CONTEXT: dict[str, Any] = {
     # Decoded chunks kept in memory made random crops slower, and each worker would hold its own.
@@ -40,14 +34,6 @@ _CONTEXT: dict[str, Any] = {
     "data_copy_concurrency": {"limit": 1},
     "file_io_concurrency": {"limit": 4},
 }
-_REMOTE_CONTEXT: dict[str, Any] = {
-    # Room for the indexes of the arrays in use: each read anew would be a request of its own.
-    "cache_pool": {"total_bytes_limit": 32 << 20},
-    "data_copy_concurrency": {"limit": 1},
-    "s3_request_concurrency": {"limit": 16},
-}
-_DAMAGE = re.compile("NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE")
-"""How TensorStore begins what it says of an object that is there and wrong, or not there."""
 _first_user: int | None = None
 _thread = threading.local()
 
@@ -75,12 +61,12 @@ class ShardReader:
     Each thread has its own, so that none waits for another.
     """
 
-    def __init__(self, shards_root: Location, open_limit: int = 128) -> None:
+    def __init__(self, shards_root: Path, open_limit: int = 128) -> None:
         self._root = shards_root
         self._open_limit = open_limit
         self._of_thread = threading.local()
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Location, int]]:
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, int]]:
         return type(self), (self._root, self._open_limit)
 
     def read(
@@ -93,9 +79,28 @@ class ShardReader:
         whose depth is 1.
 
         Only the shard's index and the chunks that the box touches are read. Raises SetupError if these are
-        missing, damaged, not what the catalog says or of a later version, OSError if the operating system, or
-        StoreError if an object store, refuses to read them, ValueError if the box or the index lies outside the
-        array, RuntimeError after a fork.
+        missing, damaged, not what the catalog says or of a later version, OSError if the operating system
+        refuses to read them, ValueError if the box or the index lies outside the array, RuntimeError after a
+        fork.
+        """
+        channels = shape[0] if index is None else shape[1]
+        voxels = np.empty((channels, *(max(stop - start, 0) for start, stop in box)), dtype)
+        self.begin(path, shape, dtype, index, box, voxels)()
+        return voxels
+
+    def begin(
+        self,
+        path: str,
+        shape: Shape,
+        dtype: npt.DTypeLike,
+        index: int | None,
+        box: Box,
+        into: npt.NDArray[Any],
+    ) -> Callable[[], None]:
+        """Start to read a box into an array (C, d, h, w) of `dtype`; the call of what is returned waits for it.
+
+        While one box is decoded, those begun after it are read. The arguments and errors are those of `read`;
+        what concerns the array as a whole is raised at once, what concerns its voxels by the call.
         """
         refuse_fork()
         depth, height, width = (slice(start, stop) for start, stop in box)
@@ -106,26 +111,27 @@ class ShardReader:
         inside = all(0 <= start < stop <= size for (start, stop), size in zip(box, extent, strict=True))
         if not inside or not 0 <= (index or 0) < shape[0]:
             raise ValueError(f"{path}: box {box} of image {index} is not inside the array of shape {shape}")
-        folder = self._root / path
-        try:
-            stored = self._open(path, tuple(shape), np.dtype(dtype).name, index is not None)
-            voxels = stored(where)
-        except (ValueError, FileNotFoundError) as error:
-            reason = str(error).split(" [", 1)[0]  # the rest repeats the whole specification
-            outer = _outer_error(error, folder) if isinstance(error, ValueError) else None
-            raise outer or _explanation(folder, shape, dtype, index is not None, reason) from error
-        return voxels if index is None else voxels.transpose(1, 0, 2, 3)
+        folder, is_pack = self._root / path, index is not None
+        with _explained(folder, shape, dtype, is_pack):
+            begin = self._open(path, tuple(shape), np.dtype(dtype).name, is_pack)
+            finish = begin(where, into.transpose(1, 0, 2, 3) if is_pack else into)
+
+        def wait() -> None:
+            with _explained(folder, shape, dtype, is_pack):
+                finish()
+
+        return wait
 
     @property
-    def _open(self) -> Callable[[str, Shape, str, bool], _Stored]:
+    def _open(self) -> Callable[[str, Shape, str, bool], Opened]:
         """`_open_array`, which remembers what this thread opened last."""
-        opened: Callable[[str, Shape, str, bool], _Stored] | None = getattr(self._of_thread, "open", None)
+        opened: Callable[[str, Shape, str, bool], Opened] | None = getattr(self._of_thread, "open", None)
         if opened is None:
             opened = functools.lru_cache(maxsize=self._open_limit)(self._open_array)
             self._of_thread.open = opened
         return opened
 
-    def _open_array(self, path: str, shape: Shape, dtype: str, is_pack: bool) -> _Stored:
+    def _open_array(self, path: str, shape: Shape, dtype: str, is_pack: bool) -> Opened:
         """What reads boxes of an array. Its metadata follow from the catalog: `zarr.json` is not looked at."""
         folder = self._root / path
         if not _has_tensorstore():
@@ -136,30 +142,25 @@ class ShardReader:
 
         spec = {
             "driver": "zarr3",
-            "kvstore": _kvstore(folder),
+            "kvstore": {"driver": "file", "path": str(folder)},
             "open": True,
             # What blosc wrote tells how it did, so whatever profile is named here.
             "metadata": array_metadata(shape, dtype, array_chunk(shape, is_pack=is_pack), "fast"),
             "assume_metadata": True,
             # Every chunk is stored, so a missing one is damage and not background.
             "fill_missing_data_reads": False,
-            # An array never changes under its name.
-            **({"recheck_cached_data": False} if isinstance(folder, RemotePath) else {}),
         }
-        array = tensorstore.open(spec, context=_context(folder)).result()
+        array = tensorstore.open(spec, context=context()).result()
 
-        def read(where: tuple[slice, ...]) -> npt.NDArray[Any]:
-            voxels: npt.NDArray[Any] = array[where].read(order="C").result()
-            return voxels
+        def begin(where: tuple[slice, ...], into: npt.NDArray[Any]) -> Callable[[], object]:
+            # Decoded straight to where it belongs: what its own `read` returns would have to be copied.
+            wait: Callable[[], object] = tensorstore.array(into, context=context()).write(array[where]).result
+            return wait
 
-        return read
-
-
-def _context(folder: Location) -> Any:
-    return _remote_context() if isinstance(folder, RemotePath) else _local_context()
+        return begin
 
 
-def _local_context() -> Any:
+def context() -> Any:
     """The limits of memory and threads of all that one thread reads: shared, threads would take turns."""
     import tensorstore
 
@@ -168,36 +169,24 @@ def _local_context() -> Any:
     return _thread.context
 
 
-@functools.cache
-def _remote_context() -> Any:
-    """The limits that all of a process's reading from stores shares."""
-    import tensorstore
-
-    return tensorstore.Context(_REMOTE_CONTEXT | tensorstore_context())
-
-
-def _kvstore(folder: Location) -> dict[str, Any]:
-    if isinstance(folder, RemotePath):
-        return tensorstore_kvstore(folder)
-    return {"driver": "file", "path": str(folder)}
+@contextlib.contextmanager
+def _explained(folder: Path, shape: Shape, dtype: npt.DTypeLike, is_pack: bool) -> Iterator[None]:
+    """What a library says of an array, as an error that says what to do."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        reason = str(error).split(" [", 1)[0]  # the rest repeats the whole specification
+        outer = system_error(error, folder) if isinstance(error, ValueError) else None
+        raise outer or _explanation(folder, shape, dtype, is_pack, reason) from error
 
 
-def _outer_error(error: ValueError, folder: Location) -> OSError | None:
-    """What kept TensorStore from reading, if that is no fault of the array."""
-    if isinstance(folder, RemotePath):
-        return None if _DAMAGE.match(str(error)) else store_error(folder, str(error))
-    return system_error(error, folder)
-
-
-def system_error(error: ValueError, path: Location) -> OSError | None:
+def system_error(error: ValueError, path: Path) -> OSError | None:
     """The OSError that TensorStore hides in the text of a ValueError, if there is one: disk full, say."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
 
 
-def _explanation(
-    folder: Location, shape: Shape, dtype: npt.DTypeLike, is_pack: bool, reason: str
-) -> SetupError:
+def _explanation(folder: Path, shape: Shape, dtype: npt.DTypeLike, is_pack: bool, reason: str) -> SetupError:
     """Why an array could not be read, by what its `zarr.json` tells; `reason` is what the reader said."""
     kind = np.dtype(dtype).name
     again = f"`pumit-data ingest {folder.parent.name}` again, which writes it anew."

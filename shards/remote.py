@@ -23,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog.errors import SetupError
-from catalog.store import RemotePath
+from catalog.store import Location, RemotePath
 from shards.cache import CacheConfig, CachedShard, ShardCache
 from shards.chunks import Wanted, decode, index_bytes, is_sound, parse_index, pieces
 from shards.layout import METADATA_FILE, SHARD_FILE, refuse_newer_layout
+from shards.read import ShardReader
 
 _T = TypeVar("_T")
 Voxels = npt.NDArray[Any]
@@ -308,6 +309,20 @@ class _Threads:
         with self._change:
             self._closing = True
             self._change.wait_for(lambda: self._busy == 0, _LAST_WORDS_SECONDS)
+
+
+Reader: TypeAlias = ShardReader | RemoteReader
+"""What reads boxes of the arrays in a folder, or in an object store."""
+
+
+def open_reader(shards: Location, cache: CacheConfig | None = None) -> Reader:
+    """The reader for a place; of a folder, nothing is cached."""
+    return RemoteReader(shards, cache) if isinstance(shards, RemotePath) else ShardReader(shards)
+
+
+def read_box(reader: Reader, wanted: Wanted) -> Voxels:
+    """The voxels of one box, (C, d, h, w); errors as of the reader."""
+    return reader.read(wanted) if isinstance(reader, RemoteReader) else reader.read(*wanted)
 
 
 def _complaint(folder: RemotePath, found: str) -> str:

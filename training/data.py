@@ -25,9 +25,10 @@ from catalog.split import split_fingerprints
 from catalog.store import Location
 from shards.cache import CacheConfig
 from shards.layout import LAYOUT_VERSION
+from shards.remote import open_reader
 from training.config import DataConfig, RunConfig
 from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
-from training.loader import BatchLoader, RawBatch, make_loader, open_reader, read_batch
+from training.loader import BatchLoader, RawBatch, make_loader, read_batch
 from training.plan import BatchPlanner, ValidationPlanner
 from training.run import World
 

@@ -18,10 +18,11 @@ from catalog.sampling import CropGeometry
 from catalog.selection import Selection
 from catalog.store import Location, RemotePath, location
 from shards.cache import CacheConfig
+from shards.remote import open_reader
 from training.augment import render
 from training.config import load_preset
 from training.data import Candidates, plan_batches
-from training.loader import RawBatch, open_reader, read_steps, worker_context
+from training.loader import RawBatch, read_steps, worker_context
 
 Batch = dict[str, Any]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.context import BaseContext
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +26,19 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
-from catalog.store import Location, RemotePath
 from shards.cache import CacheConfig
 from shards.chunks import Wanted
 from shards.read import ShardReader
-from shards.remote import Coming, RemoteReader
+from shards.remote import Coming, Reader, RemoteReader, open_reader
 from training.meter import Meter, Stopwatch, Work
 from training.plan import BatchPlan, Planner, SamplePlan
 from training.watch import NOTICE_SECONDS, Watch
 
-Reader: TypeAlias = "ShardReader | RemoteReader"
 _ALIGNMENT = 16  # bytes: any stored dtype may start at a multiple of it
 _BATCHES_AHEAD = 2
 """Of a store, so many batches are under way beside the one that is put together: they hide its latency."""
+_READ_AT_ONCE = 8
+"""Boxes of a folder under way in one process: while one is decoded, the disk reads the next."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,11 +87,6 @@ class RawBatch:
         return replace(self, buffer=self.buffer.to(device, non_blocking=True))
 
 
-def open_reader(shards: Location, cache: CacheConfig | None = None) -> Reader:
-    """What reads boxes of the arrays in a folder or an object store; of a folder, nothing is cached."""
-    return RemoteReader(shards, cache) if isinstance(shards, RemotePath) else ShardReader(shards)
-
-
 def read_batch(reader: Reader, plan: BatchPlan) -> RawBatch:
     """Read the boxes of a plan.
 
@@ -113,9 +108,9 @@ class _Reading:
         self._coming: Sequence[Coming] = ()
         if isinstance(reader, RemoteReader):
             self._coming = reader.request(wanted, into)
-            self._boxes: list[Callable[[], object]] = [one.result for one in self._coming]
+            self._boxes: Iterable[Callable[[], object]] = [one.result for one in self._coming]
         else:
-            self._boxes = [partial(_read_into, reader, *pair) for pair in zip(wanted, into, strict=True)]
+            self._boxes = _side_by_side(reader, wanted, into)
 
     def cancel(self) -> None:
         for one in self._coming:
@@ -281,8 +276,28 @@ def _wanted(sample: SamplePlan) -> Wanted:
     return Wanted(image.shard_path, image.shard_shape, image.dtype, image.shard_index, sample.box)
 
 
-def _read_into(reader: ShardReader, wanted: Wanted, into: npt.NDArray[Any]) -> None:
-    into[...] = reader.read(*wanted)
+def _side_by_side(
+    reader: ShardReader, wanted: Sequence[Wanted], into: Sequence[npt.NDArray[Any]]
+) -> Iterator[Callable[[], object]]:
+    """What waits for each box, some of those behind it being under way."""
+    under_way: deque[Callable[[], object]] = deque()
+    for one in zip(wanted, into, strict=True):
+        under_way.append(_begun(reader, *one))
+        if len(under_way) == _READ_AT_ONCE:
+            yield under_way.popleft()
+    yield from under_way
+
+
+def _begun(reader: ShardReader, wanted: Wanted, into: npt.NDArray[Any]) -> Callable[[], object]:
+    """What waits for a box. What goes wrong on the way is raised then, when it is clear whose box it is."""
+    try:
+        return reader.begin(*wanted, into)
+    except (SetupError, OSError, ValueError) as error:
+        return partial(_raise, error)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _named(sample: SamplePlan, read: Callable[[], object]) -> None:

@@ -19,7 +19,9 @@ from catalog.query import load_catalog
 from catalog.remote import open_corpus, whole_copy
 from catalog.store import RemotePath, StoreError, location
 from ingest.verify import verify
+from shards.chunks import Wanted
 from shards.read import ShardReader
+from shards.remote import RemoteReader
 from tests.commands import run
 from tests.demo import DEMO
 from tests.object_store import Fault, Proxy
@@ -31,9 +33,9 @@ def largest(place: RemotePath) -> dict[str, object]:
 
 
 def read_box(place: RemotePath, row: dict, box: tuple) -> np.ndarray:
-    reader = pickle.loads(pickle.dumps(ShardReader(open_corpus(place).shards)))
+    reader = pickle.loads(pickle.dumps(RemoteReader(open_corpus(place).shards)))
     return reader.read(
-        row["shard_path"], tuple(row["shard_shape"]), row["stored_dtype"], row["shard_index"], box
+        Wanted(row["shard_path"], tuple(row["shard_shape"]), row["stored_dtype"], row["shard_index"], box)
     )
 
 

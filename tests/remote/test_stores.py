@@ -28,7 +28,9 @@ from ingest.outline import raw_folder
 from ingest.remote import working_copy
 from ingest.run import ingest_dataset, plan_ingest
 from ingest.verify import verify
+from shards.chunks import Wanted
 from shards.read import ShardReader
+from shards.remote import RemoteReader
 from tests.blob_server import Azure, Blobs, Google, Web, blob_server
 from tests.commands import published_files, run
 from tests.demo import DEMO, NoCluster
@@ -254,11 +256,11 @@ def test_a_corpus_on_a_web_server_is_read_to_the_last_voxel(local: Path, web: St
     web.fill(local)
     there, here = open_corpus(web.place), open_corpus(local)
     assert load_catalog(there).equals(load_catalog(here))
-    far, near = pickle.loads(pickle.dumps(ShardReader(there.shards))), ShardReader(here.shards)
+    far, near = pickle.loads(pickle.dumps(RemoteReader(there.shards))), ShardReader(here.shards)
     for row in load_catalog(here).to_pylist():
         box = ((0, row["shape_d"]), (0, row["shape_h"]), (0, row["shape_w"]))
         told = (row["shard_path"], tuple(row["shard_shape"]), row["stored_dtype"], row["shard_index"], box)
-        assert np.array_equal(far.read(*told), near.read(*told))
+        assert np.array_equal(far.read(Wanted(*told)), near.read(*told))
     assert findings(web.place) == []
     web.proxy.requests.clear()
     open_corpus(web.place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from catalog.errors import SetupError
-from training.augment import Crops, render, window
+from training.augment import Crops, place, render, resample, window
 from training.loader import RawBatch, read_batch
 from training.plan import BatchPlan, SamplePlan, StoredImage
 
@@ -29,8 +30,11 @@ class Memory:
     def __init__(self, *images: np.ndarray) -> None:
         self._images = images
 
-    def read(self, path: str, shape: tuple[int, ...], dtype: str, index: int | None, box: Any) -> np.ndarray:
-        return self._images[int(path)][(slice(None), *(slice(start, stop) for start, stop in box))]
+    def begin(
+        self, path: str, shape: tuple[int, ...], dtype: str, index: int | None, box: Any, into: np.ndarray
+    ) -> Callable[[], None]:
+        into[...] = self._images[int(path)][(slice(None), *(slice(start, stop) for start, stop in box))]
+        return lambda: None
 
 
 def sample(voxels: np.ndarray, number: int, crop: Size, at: Start = None, **changes: Any) -> SamplePlan:
@@ -222,6 +226,61 @@ def test_crops_stay_finite_and_in_range(
     assert torch.equal(crop, one(voxels, (4, 16, 16), **changes, **intensity)), "rendering is deterministic"
 
 
+unscaled = st.just(1.0)
+halves = st.integers(-40, 80).map(lambda n: n / 2)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 30), st.integers(1, 30)),
+    crop=st.tuples(st.sampled_from([1, 4, 7]), st.sampled_from([8, 9]), st.sampled_from([8, 9])),
+    centre=st.tuples(*[halves | st.floats(-5, 25)] * 3),
+    scale=st.tuples(*[unscaled | st.floats(0.75, 2)] * 3),
+    turn=st.just(0.0) | angle,
+    flips=st.tuples(*[st.booleans()] * 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_is_left_out_of_the_sum_is_nothing(
+    shape: tuple[int, int, int, int],
+    crop: Size,
+    centre: tuple[float, float, float],
+    scale: tuple[float, float, float],
+    turn: float,
+    flips: tuple[bool, bool, bool],
+) -> None:
+    """Slices copied, planes interpolated once for all of them: the general sum comes out."""
+    (z, y, x), cos, sin = scale, math.cos(turn), math.sin(turn)
+    matrix = ((z, 0.0, 0.0), (0.0, y * cos, -x * sin), (0.0, y * sin, x * cos))
+    voxels = noise(shape, "float32")
+    plan = sample(voxels, 0, crop, centre=centre, matrix=matrix, flips=flips)
+    # On the border between an edge voxel and nothing, rounding decides.
+    corners = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in crop), indexing="ij"), -1)
+    at = corners @ np.array(matrix).T + centre
+    border = np.minimum(np.abs(at + 0.5), np.abs(at - np.array(shape[1:]) + 0.5)).min(-1) < 1e-3
+    box, fast, general = torch.from_numpy(voxels), *torch.full((2, shape[0], *crop), math.nan)
+    place(box, plan, fast)
+    resample(box, plan, general)
+    away = ~torch.from_numpy(border).flip([axis for axis, flip in enumerate(flips) if flip])
+    assert torch.isfinite(fast).all()
+    assert ((fast >= 0) & (fast <= 1)).all()
+    assert torch.allclose(fast[:, away], general[:, away], atol=2e-5)
+
+
+def test_rotation_out_of_the_plane_is_interpolated_in_three_dimensions() -> None:
+    slopes = (0.02, 0.005, 0.003)
+    voxels = ramp((20, 40, 40), slopes)
+    tilt = np.array(((0.9, 0.1, 0.05), (-0.1, 0.95, 0.2), (0.05, -0.2, 1.1)))
+    crop = one(voxels, (4, 16, 16), matrix=tuple(map(tuple, tilt)), flips=(True, False, True))[0]
+    gradient = np.array(slopes) @ tilt * (-1, 1, -1)
+    for axis in range(3):
+        assert torch.allclose(crop.diff(dim=axis), torch.tensor(gradient[axis]).float(), atol=1e-5)
+
+
+def test_grey_crops_share_memory() -> None:
+    grey = noise((1, 4, 16, 16))
+    crop = one(grey, (4, 16, 16))
+    assert crop.untyped_storage().nbytes() == 4 * grey.size
+
+
 def test_spacing_of_the_crop() -> None:
     voxels = noise((1, 4, 16, 16))
     size = (4, 16, 16)
@@ -253,8 +312,11 @@ def test_a_gpu_makes_the_same_crops() -> None:
 
 def test_reading_errors_name_the_image() -> None:
     class Broken:
-        def read(self, *_: Any) -> np.ndarray:
-            raise ValueError("checksum mismatch")
+        def begin(self, *_: Any) -> Callable[[], None]:
+            def wait() -> None:
+                raise ValueError("checksum mismatch")
+
+            return wait
 
     voxels = noise((1, 4, 16, 16))
     plan = batch_of([voxels], [sample(voxels, 0, (4, 16, 16))], (4, 16, 16)).plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pickle
 import random
 from pathlib import Path
@@ -119,6 +120,30 @@ def test_boxes_hold_the_stored_voxels(prepared: Prepared) -> None:
         assert crops.voxels.shape == (5, 3, *CROP.size(batch.level))
         assert torch.isfinite(crops.voxels).all()
         assert crops.keys == batch.keys
+
+
+def test_boxes_read_side_by_side_do_not_mix(prepared: Prepared) -> None:
+    corpus, rows, arrays = prepared
+    many, reader = planner(rows, batch_size=40), ShardReader(corpus.shards)
+    for step in range(3):
+        batch = read_batch(reader, many.plan(step))
+        for sample, box in zip(batch.plan.samples, batch.boxes, strict=True):
+            where = (slice(None), *(slice(start, stop) for start, stop in sample.box))
+            assert np.array_equal(box.numpy(), arrays[sample.image.key][where])
+
+
+def test_one_broken_box_of_many_is_named(tmp_path: Path) -> None:
+    corpus, voxels = Corpus(tmp_path), np.ones((1, 24, 50, 45), np.int16)
+    good, bad = (write_volume(corpus.shards, f"demo/{name}.zarr", voxels) for name in ("good", "bad"))
+    plan = planner([row("good", voxels, (1.0, 1.0, 1.0), good)], 20).plan(0)
+    samples = list(plan.samples)
+    samples[3] = dataclasses.replace(
+        samples[3], image=dataclasses.replace(samples[3].image, key="bad", shard_path=bad.path)
+    )
+    shard = corpus.shards / "demo" / "bad.zarr" / "c.0.0.0.0"
+    shard.write_bytes(b"\xff" * 1000 + shard.read_bytes()[1000:])
+    with pytest.raises(SetupError, match="demo/bad"):
+        read_batch(ShardReader(corpus.shards), dataclasses.replace(plan, samples=tuple(samples)))
 
 
 def test_resuming_at_every_step_continues_the_same_stream(

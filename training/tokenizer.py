@@ -231,8 +231,7 @@ class _Down(nn.Module):
 
     def forward(self, x_BCDHW: Tensor, state: SpatialState) -> tuple[Tensor, SpatialState]:
         x, state = self.conv(x_BCDHW, state)
-        # Back to channels first in memory too: the group norms behind want it.
-        return F.gelu(self.norm(x.movedim(1, -1)).movedim(-1, 1).contiguous()), state
+        return F.gelu(self.norm(x.movedim(1, -1)).movedim(-1, 1)), state
 
 
 class _Up(nn.Module):

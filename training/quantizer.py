@@ -15,8 +15,7 @@ Logarithms are taken in float32 at least, whatever the precision of the features
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 from training.onednn import Linear, linear
 
 
-@dataclass(frozen=True)
-class Quantised:
+class Quantised(NamedTuple):
     """Tokens of one batch."""
 
     z_q: Tensor

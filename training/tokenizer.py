@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -88,8 +87,7 @@ class TokenizerConfig(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class TokenizerOutput:
+class TokenizerOutput(NamedTuple):
     """One batch through the tokenizer, with what its losses need."""
 
     reconstruction: Tensor

@@ -31,7 +31,7 @@ from training.losses import (
 from training.lpips import load_lpips
 from training.optim import adamw, learning_rate, set_learning_rate
 from training.pictures import Row, caption, contact_sheet, middle_slice
-from training.quantizer import mean_usage, perplexity, utilisation
+from training.quantizer import GumbelQuantizer, gumbel_temperature, mean_usage, perplexity, utilisation
 from training.run import Run, newest_checkpoint, read_state
 from training.tokenizer import Tokenizer, TokenizerConfig
 from training.validation import Means, evaluating, psnr
@@ -66,8 +66,8 @@ def train(config: TokenizerRunConfig, corpus: Location, run_dir: Path, resume: b
             reconstruction=config.loss.l1_weight,
             perceptual=config.loss.lpips_weight,
             adversarial=config.loss.gan_weight,
-            diversity=config.loss.prior_weight,
-            sharpness=config.loss.entropy_weight,
+            diversity=config.loss.diversity_weight,
+            sharpness=config.loss.sharpness_weight,
         )
         gate = GateState(**run.numbers)
 
@@ -78,6 +78,8 @@ def train(config: TokenizerRunConfig, corpus: Location, run_dir: Path, resume: b
             image_BCDHW = 2 * crops.voxels - 1
 
             # Generator
+            if isinstance(tokenizer.quantizer, GumbelQuantizer):
+                tokenizer.quantizer.temperature.fill_(gumbel_temperature(step, config.steps))
             lr = learning_rate(step, config.steps, config.optim)
             set_learning_rate(optimizer, lr)
             adversarial = perceptual = None
@@ -175,6 +177,7 @@ def build_tokenizer(model: TokenizerModelConfig) -> Tokenizer:
     """A new tokenizer of the configured size."""
     return Tokenizer(
         TokenizerConfig(
+            quantizer=model.quantizer,
             codebook_size=model.codebook_size,
             embedding_dim=model.embedding_dim,
             feature_channels=model.channels[-1],

@@ -62,6 +62,11 @@ def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
+def assert_near(found: Tensor, expected: Tensor, share: float) -> None:
+    """Apart by less than `share` of the length: single numbers may be further off."""
+    assert float((found - expected).norm() / expected.norm()) < share
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -90,6 +95,7 @@ def test_a_layer_compiles_to_one_graph_a_level(layer: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "discriminator", "vit"])
 def test_a_network_compiles_to_one_graph_a_level(kind: str) -> None:
     network = {
@@ -126,12 +132,10 @@ def test_half_precision_stays_close_to_single(dtype: torch.dtype, level: int) ->
         loss = tokenizer_loss(tokenizer, x, level)
     assert out.reconstruction.dtype == dtype
     assert out.diversity.dtype == out.sharpness.dtype == torch.float32
-    torch.testing.assert_close(out.reconstruction.float(), image, rtol=0.05, atol=0.05)
+    assert_near(out.reconstruction.float(), image, 0.05)
     found = gradients(tokenizer, loss)
     assert found.keys() == expected.keys()
-    together = torch.cat([g.flatten() for g in found.values()])
-    apart = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
-    assert float(apart.norm() / together.norm()) < 0.05
+    assert_near(*(torch.cat([g.flatten() for g in side.values()]) for side in (found, expected)), 0.05)
 
 
 @pytest.mark.parametrize("level", LEVELS)

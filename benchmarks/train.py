@@ -2,14 +2,14 @@
 
     python benchmarks/train.py [--quick] [--section tokenizer|vit]... [--threads N] [--rounds N] [--json FILE]
 
-A step is forward, backward and AdamW at the paper's size, float32, one crop: 4 x 8 x 8 tokens of 16 voxels for the
-tokenizer (with its L1 and prior terms), 5 x 10 x 10 for the ViT. The peer has the same weights and the layout of
-the reference implementation: depth weights summed in each call, maps channels first, convolutions and linear
-layers left to PyTorch, layer norm over channels between two permutes, rotary tables computed in each call, and the
-AdamW that PyTorch picks by default. Before anything is timed its output and gradients must agree with ours.
+A step is forward, backward and AdamW at the paper's size, float32, one crop: 4 x 8 x 8 tokens of 16 voxels for
+the tokenizer (with its L1 and prior terms), 5 x 10 x 10 for the ViT. The peer has the same weights and the
+layout of the reference implementation: depth weights summed in each call, maps channels first, convolutions and linear
+layers left to PyTorch, layer norm over channels between two permutes, rotary tables computed in each call, and
+the AdamW that PyTorch picks by default. Before anything is timed its output and gradients must agree with ours.
 
-Ours and theirs take turns. CPU time is that of all threads of the process, the fairer figure on a busy machine;
-but threads that wait for each other spin, which counts: `--threads 1` is free of that. On a GPU, ours is compiled
+Ours and theirs take turns. CPU time is that of all threads of the process, the fairer figure on a busy
+machine; but threads that wait for each other spin, which counts: `--threads 1` is free of that. On a GPU, ours is compiled
 and in bf16, theirs eager in fp16 with a scaled loss, and a step's share of the GPU's peak is given.
 """
 
@@ -270,7 +270,8 @@ def measure_on_cpu(case: Case, number: int) -> list[Row]:
     rows = []
     for which, clock in enumerate(("CPU time", "wall time")):
         a, b = (statistics.median(one[which] for one in found[side]) for side in ("ours", "theirs"))
-        rows.append(row(f"{name}, step, {clock}", a, b, f"s ({flops / a / 1e9:.0f} GFLOP/s)"))
+        rows.append(row(f"{name}, step, {clock}", a, b, "s"))
+        print(f"{name}: {flops / 1e9:.0f} GFLOP a step; a second of {clock} does {flops / a / 1e9:.0f}")
     return rows
 
 
@@ -322,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=f"levels {QUICK_LEVELS}, three rounds")
     parser.add_argument("--section", choices=SECTIONS, action="append", help="one or several; default all")
-    parser.add_argument("--level", type=int, choices=LEVELS, action="append", help="one or several; default all")
+    parser.add_argument("--level", type=int, choices=LEVELS, action="append", help="one or several")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--json", type=Path)

@@ -136,8 +136,8 @@ class TokenizerModelConfig(_Section):
     def _compares(self) -> TokenizerModelConfig:
         if self.quantizer == "nearest" and self.channels[-1] != self.embedding_dim:
             raise ValueError(
-                f"quantizer nearest compares features with codes: the last of channels, {self.channels[-1]}, must "
-                f"equal embedding_dim {self.embedding_dim}"
+                f"quantizer nearest compares features with codes: the last of channels, {self.channels[-1]}, "
+                f"must equal embedding_dim {self.embedding_dim}"
             )
         return self
 

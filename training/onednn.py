@@ -1,9 +1,9 @@
 """Products and convolutions in the shapes in which a CPU does them fast; the sums stay the same.
 
 Eager PyTorch in float32 leaves much of a CPU unused: matrices go to MKL, which uses half of an AMD processor's
-vector width, and convolutions of one small crop to a routine without any vectors. oneDNN, which serves the other
-convolutions, has neither fault; here it is called for all of them. Figures in this file: forward and backward,
-one core of an AMD EPYC of 2025, PyTorch 2.13.
+vector width, and convolutions of one small crop to a routine half as fast as the one for larger ones. oneDNN,
+which serves those, has neither fault; here it is called for all of them. Figures in this file: forward and
+backward, one core of an AMD EPYC of 2025, PyTorch 2.13.
 
 Shape suffixes: B crops, I input channels, O output channels, D depth, H height, W width; M rows, K sums.
 """
@@ -22,6 +22,7 @@ _NATIVE_LIMIT = 20480
 """PyTorch keeps a lone crop from oneDNN if B * C * D * H is no more (aten/src/ATen/native/Convolution.cpp)."""
 
 _SHORT_RUN = 4
+_IMAGE_CHANNELS = 4
 
 
 def prefers_onednn(x: Tensor) -> bool:
@@ -63,12 +64,12 @@ def convolution(x_BIDHW: Tensor, weight: Tensor, bias: Tensor, stride: Triple, p
     if kernel == stride and x_BIDHW.is_contiguous(memory_format=torch.channels_last_3d):
         # Patches of such a map are copied in runs of I numbers: 30 ms, by F.conv3d 33, from 128 channels of
         # 16 x 32 x 32.
-        patches = _windows(x_BIDHW, stride).permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4)
+        patches = _windows(x_BIDHW.movedim(1, -1), 1, stride).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
         return linear(patches, weight.movedim(1, -1).flatten(1), bias).movedim(-1, 1)
     if kernel == stride and kernel[-1] > _SHORT_RUN:
         # 3 to 768 channels, kernel 16, from 80 x 160 x 160: 141 ms, by F.conv3d 319. With kernel 4 such runs
         # are too short: 3 to 128 channels from 64 x 128 x 128 take 20 ms, by F.conv3d 18.
-        patches = _windows(x_BIDHW, stride).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        patches = _windows(x_BIDHW, 2, stride).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
         return linear(patches, weight.flatten(1), bias).movedim(-1, 1)
     if depth == 1 and stride[0] == 1:
         # 256 channels of 4 x 16 x 16: 22 ms, by F.conv3d 49.
@@ -91,14 +92,19 @@ def transposed_convolution(x_BIDHW: Tensor, weight_IOdhw: Tensor, bias: Tensor) 
     columns = weight_IOdhw.movedim(0, -1).movedim(0, -2).flatten(0, -2)
     y = linear(x_BIDHW.movedim(1, -1), columns, bias.repeat(kernel.numel()))
     y_BDHWdhwO = y.unflatten(-1, (*kernel, channels))
+    if channels <= _IMAGE_CHANNELS:
+        # An image, channels first as the one it is compared with.
+        y_BODdHhWw = y_BDHWdhwO.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return y_BODdHhWw.flatten(6, 7).flatten(4, 5).flatten(2, 3)
     y_BDdHhWwO = y_BDHWdhwO.permute(0, 1, 4, 2, 5, 3, 6, 7)
     return y_BDdHhWwO.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
-def _windows(x_BIDHW: Tensor, size: Triple) -> Tensor:
-    """(B, I, D / d, d, H / h, h, W / w, w): a view by the windows of a kernel of `size` (d, h, w)."""
+def _windows(x: Tensor, axis: int, size: Triple) -> Tensor:
+    """A view in which each of the three axes from `axis` on is two: windows of `size`, and inside them."""
     depth, height, width = size
-    return x_BIDHW.unflatten(4, (-1, width)).unflatten(3, (-1, height)).unflatten(2, (-1, depth))
+    x = x.unflatten(axis + 2, (-1, width)).unflatten(axis + 1, (-1, height))
+    return x.unflatten(axis, (-1, depth))
 
 
 def _product(a_MK: Tensor, b_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:

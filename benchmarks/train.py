@@ -4,13 +4,14 @@
 
 A step is forward, backward and AdamW at the paper's size, float32, one crop: 4 x 8 x 8 tokens of 16 voxels for
 the tokenizer (with its L1 and prior terms), 5 x 10 x 10 for the ViT. The peer has the same weights and the
-layout of the reference implementation: depth weights summed in each call, maps channels first, convolutions and linear
-layers left to PyTorch, layer norm over channels between two permutes, rotary tables computed in each call, and
-the AdamW that PyTorch picks by default. Before anything is timed its output and gradients must agree with ours.
+layout of the reference implementation: depth weights summed in each call, maps channels first, convolutions and
+linear layers left to PyTorch, layer norm over channels between two permutes, rotary tables computed in each
+call, and the AdamW that PyTorch picks by default. Before anything is timed its output and gradients must agree
+with ours.
 
-Ours and theirs take turns. CPU time is that of all threads of the process, the fairer figure on a busy
-machine; but threads that wait for each other spin, which counts: `--threads 1` is free of that. On a GPU, ours is compiled
-and in bf16, theirs eager in fp16 with a scaled loss, and a step's share of the GPU's peak is given.
+Ours and theirs take turns. CPU time is that of all threads of the process, the fairer figure on a busy machine;
+but threads that wait for each other spin, which counts: `--threads 1` is free of that. On a GPU, ours is
+compiled and in bf16, theirs eager in fp16 with a scaled loss, and a step's share of the GPU's peak is given.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def prefers_onednn(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 
 
@@ -55,18 +55,21 @@ def linear(x: Tensor, weight_OK: Tensor, bias_O: Tensor | None = None) -> Tensor
     if not prefers_onednn(x):
         return F.linear(x, weight_OK, bias_O)
     rows_MO: Tensor = _Linear.apply(x.flatten(0, -2), weight_OK, bias_O)  # type: ignore[no-untyped-call]
-    return rows_MO.unflatten(0, x.shape[:-1])
+    return rows_MO.reshape(*x.shape[:-1], -1)
 
 
-def convolution(x_BIDHW: Tensor, weight: Tensor, bias: Tensor, stride: Triple, padding: Triple) -> Tensor:
+def convolution(
+    x_BIDHW: Tensor, weight: Tensor, bias: Tensor | None, stride: Triple, padding: Triple
+) -> Tensor:
     """F.conv3d, where `prefers_onednn(x_BIDHW)`; either memory layout may come, either may go."""
     depth, kernel = weight.shape[2], tuple(weight.shape[2:])
-    if kernel == stride and x_BIDHW.is_contiguous(memory_format=torch.channels_last_3d):
+    divides = kernel == stride and not any(x % k for x, k in zip(x_BIDHW.shape[2:], kernel, strict=True))
+    if divides and x_BIDHW.is_contiguous(memory_format=torch.channels_last_3d):
         # Patches of such a map are copied in runs of I numbers: 30 ms, by F.conv3d 33, from 128 channels of
         # 16 x 32 x 32.
         patches = _windows(x_BIDHW.movedim(1, -1), 1, stride).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
         return linear(patches, weight.movedim(1, -1).flatten(1), bias).movedim(-1, 1)
-    if kernel == stride and kernel[-1] > _SHORT_RUN:
+    if divides and kernel[-1] > _SHORT_RUN:
         # 3 to 768 channels, kernel 16, from 80 x 160 x 160: 141 ms, by F.conv3d 319. With kernel 4 such runs
         # are too short: 3 to 128 channels from 64 x 128 x 128 take 20 ms, by F.conv3d 18.
         patches = _windows(x_BIDHW, 2, stride).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
@@ -75,7 +78,7 @@ def convolution(x_BIDHW: Tensor, weight: Tensor, bias: Tensor, stride: Triple, p
         # 256 channels of 4 x 16 x 16: 22 ms, by F.conv3d 49.
         slices = x_BIDHW.transpose(1, 2)
         y = F.conv2d(slices.flatten(0, 1), weight.squeeze(2), bias, stride[1:], padding[1:])
-        return y.unflatten(0, slices.shape[:2]).transpose(1, 2)
+        return y.reshape(*slices.shape[:2], *y.shape[1:]).transpose(1, 2)
     if len(x_BIDHW) == 1 and x_BIDHW[..., 0].numel() <= _NATIVE_LIMIT:
         # Two slices of zeros lift a map above the limit. 512 channels of 4 x 8 x 8: 75 ms, by F.conv3d 138.
         x_BIDHW = F.pad(x_BIDHW.contiguous(), (0, 0, 0, 0, padding[0], padding[0]))
@@ -83,15 +86,15 @@ def convolution(x_BIDHW: Tensor, weight: Tensor, bias: Tensor, stride: Triple, p
     return F.conv3d(x_BIDHW, weight, bias, stride, padding)
 
 
-def transposed_convolution(x_BIDHW: Tensor, weight_IOdhw: Tensor, bias: Tensor) -> Tensor:
+def transposed_convolution(x_BIDHW: Tensor, weight_IOdhw: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv_transpose3d with stride = kernel: one product, whose columns are then put into place.
 
     128 to 3 channels, 16 x 32 x 32 to 64 x 128 x 128: 27 ms, by F.conv_transpose3d 46.
     """
     kernel, channels = weight_IOdhw.shape[2:], weight_IOdhw.shape[1]
     columns = weight_IOdhw.movedim(0, -1).movedim(0, -2).flatten(0, -2)
-    y = linear(x_BIDHW.movedim(1, -1), columns, bias.repeat(kernel.numel()))
-    y_BDHWdhwO = y.unflatten(-1, (*kernel, channels))
+    y = linear(x_BIDHW.movedim(1, -1), columns, None if bias is None else bias.repeat(kernel.numel()))
+    y_BDHWdhwO = y.reshape(*y.shape[:-1], *kernel, channels)
     if channels <= _IMAGE_CHANNELS:
         # An image, channels first as the one it is compared with.
         y_BODdHhWw = y_BDHWdhwO.permute(0, 7, 1, 4, 2, 5, 3, 6)
@@ -102,9 +105,10 @@ def transposed_convolution(x_BIDHW: Tensor, weight_IOdhw: Tensor, bias: Tensor) 
 
 def _windows(x: Tensor, axis: int, size: Triple) -> Tensor:
     """A view in which each of the three axes from `axis` on is two: windows of `size`, and inside them."""
-    depth, height, width = size
-    x = x.unflatten(axis + 2, (-1, width)).unflatten(axis + 1, (-1, height))
-    return x.unflatten(axis, (-1, depth))
+    shape = [*x.shape]
+    for i in (2, 1, 0):
+        shape[axis + i : axis + i + 1] = [x.shape[axis + i] // size[i], size[i]]
+    return x.view(shape)
 
 
 def _product(a_MK: Tensor, b_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -121,7 +125,7 @@ class _Linear(torch.autograd.Function):
         return _product(x_MK, weight_OK, bias_O)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_MO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_MK, weight_OK = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad

@@ -16,6 +16,7 @@ CONVOLUTIONS = [
     # (B, I, D, H, W), O, kernel, stride, padding
     pytest.param((2, 4, 4, 8, 8), 6, (2, 4, 4), (2, 4, 4), (0, 0, 0), id="patches"),
     pytest.param((1, 3, 8, 16, 16), 4, (8, 8, 8), (8, 8, 8), (0, 0, 0), id="long patches"),
+    pytest.param((2, 4, 5, 9, 10), 6, (2, 4, 4), (2, 4, 4), (0, 0, 0), id="patches, with a rest"),
     pytest.param((1, 4, 3, 5, 6), 6, (1, 3, 3), (1, 1, 1), (0, 1, 1), id="flat"),
     pytest.param((2, 4, 3, 5, 6), 6, (1, 3, 3), (1, 2, 2), (0, 1, 1), id="flat, stride 2"),
     pytest.param((1, 4, 3, 5, 6), 6, (3, 3, 3), (1, 1, 1), (1, 1, 1), id="a small crop"),

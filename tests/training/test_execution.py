@@ -129,7 +129,7 @@ def test_a_network_compiles_to_one_graph_a_level(kind: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.2), (torch.float16, 0.05)])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.25), (torch.float16, 0.05)])
 def test_half_precision_stays_close_to_single(dtype: torch.dtype, share: float, level: int) -> None:
     tokenizer, x = Tokenizer(WIDER), crop(level, batch=2, side=64)
     expected = gradients(tokenizer, tokenizer_loss(tokenizer, x, level))
@@ -144,6 +144,22 @@ def test_half_precision_stays_close_to_single(dtype: torch.dtype, share: float, 
     found = gradients(tokenizer, loss)
     assert found.keys() == expected.keys()
     assert_near(*(torch.cat([g.flatten() for g in side.values()]) for side in (found, expected)), share)
+
+
+def test_weight_gradients_of_two_slices_are_right_in_half_precision() -> None:
+    """PyTorch's own came out as 1e30 in a third of the cases."""
+    layer, x = SACConv3d(32, 32, 3), torch.randn(2, 32, 2, 8, 8)
+    layer(x, SpatialState(0))[0].square().mean().backward()
+    assert layer.weight.grad is not None
+    expected = layer.weight.grad.clone()
+    for _ in range(10):
+        junk = [torch.full((size,), 1e30) for size in (27648, 55296, 13824, 1 << 15)]
+        del junk
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, _ = layer(x, SpatialState(0))
+        y.float().square().mean().backward()
+        assert_near(layer.weight.grad, expected, 0.05)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -125,8 +125,10 @@ class RunConfig(_Section):
 
 
 class TokenizerModelConfig(_Section):
-    """Spatially adaptive encoder, soft codebook, decoder; 16x smaller in-plane."""
+    """Spatially adaptive encoder, codebook, decoder; 16x smaller in-plane."""
 
+    quantizer: Literal["soft", "gumbel", "nearest"]
+    """How features become tokens: soft as in the paper, one code drawn (gumbel), or the nearest code."""
     codebook_size: Positive
     """Entries of the codebook, K."""
     embedding_dim: Positive
@@ -135,6 +137,15 @@ class TokenizerModelConfig(_Section):
     """Channels after the strides 4, 2 and 2 of the encoder; the decoder has the same in reverse."""
     output_merge: Literal["sum", "mean"]
     """Merging of depth taps in the last layer: sum as in the paper, mean for one scale at all DA levels."""
+
+    @model_validator(mode="after")
+    def _compares(self) -> TokenizerModelConfig:
+        if self.quantizer == "nearest" and self.channels[-1] != self.embedding_dim:
+            raise ValueError(
+                f"quantizer nearest compares features with codes: the last of channels, {self.channels[-1]}, "
+                f"must equal embedding_dim {self.embedding_dim}"
+            )
+        return self
 
 
 class DiscriminatorConfig(_Section):
@@ -163,9 +174,9 @@ class TokenizerLossConfig(_Section):
     """Discriminator loss (the larger of its moving average and its last value) at which the gate opens."""
     gan_gate_momentum: Share
     """Momentum of that moving average."""
-    prior_weight: float
-    """Weight of sum(p log p) of the mean token distribution p; larger spreads tokens over the codebook."""
-    entropy_weight: float
+    diversity_weight: Weight
+    """Weight of sum(m log m) of the mean token distribution m; larger spreads tokens over the codebook."""
+    sharpness_weight: Weight
     """Weight of the mean entropy of a token; larger makes tokens sharper."""
 
 

@@ -32,7 +32,9 @@ class LossWeights:
     perceptual: float
     """2 is what 1 is in the paper's code, whose LPIPS is doubled (training.lpips)."""
     diversity: float
+    """Not negative, as all weights: a larger one spreads the tokens of a batch over more codes."""
     sharpness: float
+    """Not negative: a larger one makes each token surer of its code."""
     adversarial: float
     codebook: float = 1.0
     """Of the nearest-neighbour quantizer's own loss."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from training.onednn import Linear
 from training.vit import INIT_STD, UniversalViT, ViTConfig, initialise_linear
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -88,7 +89,7 @@ class MaskedImageModel(nn.Module):
         self.vit = UniversalViT(config.vit)
         dim = config.vit.dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, config.codebook_size))
+        self.head = nn.Sequential(Linear(dim, dim), nn.GELU(), Linear(dim, config.codebook_size))
         for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1, 1), persistent=False)
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD)

@@ -12,6 +12,7 @@ def build_tokenizer(model: TokenizerModelConfig) -> Tokenizer:
     """A new tokenizer of the configured size."""
     return Tokenizer(
         TokenizerConfig(
+            quantizer=model.quantizer,
             codebook_size=model.codebook_size,
             embedding_dim=model.embedding_dim,
             feature_channels=model.channels[-1],

@@ -15,17 +15,17 @@ Logarithms are taken in float32 at least, whatever the precision of the features
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.onednn import Linear, linear
 
-@dataclass(frozen=True)
-class Quantised:
+
+class Quantised(NamedTuple):
     """Tokens of one batch."""
 
     z_q: Tensor
@@ -52,7 +52,7 @@ class SoftQuantizer(nn.Module):
 
     def __init__(self, in_channels: int, codebook_size: int, embedding_dim: int) -> None:
         super().__init__()
-        self.projection = nn.Linear(in_channels, codebook_size)
+        self.projection = Linear(in_channels, codebook_size)
         with torch.no_grad():
             self.projection.weight.mul_(_INITIAL_GAIN)
         self.codebook = nn.Parameter(torch.randn(codebook_size, embedding_dim))
@@ -195,7 +195,7 @@ def distinct_codes(index_BDHW: Tensor) -> float:
 
 
 def _mix(probabilities_BDHWK: Tensor, codebook_KC: Tensor) -> Tensor:
-    return (probabilities_BDHWK.to(codebook_KC.dtype) @ codebook_KC).movedim(-1, 1).contiguous()
+    return linear(probabilities_BDHWK.to(codebook_KC.dtype), codebook_KC.t()).movedim(-1, 1).contiguous()
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

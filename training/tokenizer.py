@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -88,8 +87,7 @@ class TokenizerConfig(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class TokenizerOutput:
+class TokenizerOutput(NamedTuple):
     """One batch through the tokenizer, with what its losses need."""
 
     reconstruction: Tensor
@@ -231,8 +229,7 @@ class _Down(nn.Module):
 
     def forward(self, x_BCDHW: Tensor, state: SpatialState) -> tuple[Tensor, SpatialState]:
         x, state = self.conv(x_BCDHW, state)
-        # Back to channels first in memory too: the group norms behind want it.
-        return F.gelu(self.norm(x.movedim(1, -1)).movedim(-1, 1).contiguous()), state
+        return F.gelu(self.norm(x.movedim(1, -1)).movedim(-1, 1)), state
 
 
 class _Up(nn.Module):

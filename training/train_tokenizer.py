@@ -31,7 +31,7 @@ from training.lpips import load_lpips
 from training.models import build_tokenizer
 from training.optim import adamw, learning_rate, set_learning_rate
 from training.pictures import Row, caption, contact_sheet, middle_slice
-from training.quantizer import mean_usage, perplexity, utilisation
+from training.quantizer import GumbelQuantizer, gumbel_temperature, mean_usage, perplexity, utilisation
 from training.run import Run
 from training.tokenizer import Tokenizer
 from training.validation import Means, evaluating, psnr
@@ -74,8 +74,8 @@ def train(
             reconstruction=config.loss.l1_weight,
             perceptual=config.loss.lpips_weight,
             adversarial=config.loss.gan_weight,
-            diversity=config.loss.prior_weight,
-            sharpness=config.loss.entropy_weight,
+            diversity=config.loss.diversity_weight,
+            sharpness=config.loss.sharpness_weight,
         )
         gate = GateState(**run.numbers)
 
@@ -87,6 +87,8 @@ def train(
             image_BCDHW = 2 * crops.voxels - 1
 
             # Generator
+            if isinstance(tokenizer.quantizer, GumbelQuantizer):
+                tokenizer.quantizer.temperature.fill_(gumbel_temperature(step, config.steps))
             lr = learning_rate(step, config.steps, config.optim)
             set_learning_rate(optimizer, lr)
             adversarial = perceptual = None

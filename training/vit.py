@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catalog.errors import SetupError
+from training.onednn import Linear
 from training.rope import BASES, Grid, Rotation, class_and_grid_rotation
 from training.sac import SACConv3d, SpatialState
 
@@ -123,10 +124,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
+        self.key = Linear(dim, dim, bias=False)
+        self.value = Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def forward(self, x_BLC: Tensor, rotation: Rotation) -> Tensor:
         q_BNLn, k_BNLn, v_BNLn = (
@@ -142,10 +143,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, norm_eps: float) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, hidden)
-        self.value = nn.Linear(dim, hidden)
+        self.gate = Linear(dim, hidden)
+        self.value = Linear(dim, hidden)
         self.norm = nn.LayerNorm(hidden, eps=norm_eps)
-        self.out = nn.Linear(hidden, dim)
+        self.out = Linear(hidden, dim)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         return self.out(self.norm(F.silu(self.gate(x_BLC)) * self.value(x_BLC)))  # type: ignore[no-any-return]

@@ -27,7 +27,8 @@ def test_the_paper_presets_hold_the_numbers_of_the_paper():
     tokenizer, mim = load_preset("tokenizer", "paper"), load_preset("mim", "paper")
     assert (tokenizer.steps, tokenizer.data.batch_size) == (600_000, 48)
     assert (tokenizer.model.codebook_size, tokenizer.model.embedding_dim) == (1024, 512)
-    assert (tokenizer.data.tokens_z, tokenizer.data.tokens_x) == (4, 8)
+    assert (tokenizer.model.quantizer, tokenizer.data.tokens_z, tokenizer.data.tokens_x) == ("soft", 4, 8)
+    assert (tokenizer.loss.diversity_weight, tokenizer.loss.sharpness_weight) == (0.03, 1.0)
     assert (tokenizer.optim.peak_lr, tokenizer.optim.min_lr) == (1e-4, 1e-6)
     assert (mim.steps, mim.data.batch_size, mim.optim.warmup_steps) == (300_000, 84, 10_000)
     assert (mim.data.tokens_z, mim.data.tokens_x) == (5, 10)
@@ -57,6 +58,9 @@ def test_overrides_are_yaml_and_reach_any_depth():
         ("data.batch_size=0", ["data.batch_size", "0", "greater than 0"]),
         ("optim.warmup_steps=100000", ["optim.warmup_steps", "steps 600"]),
         ("optim.min_lr=1", ["optim", "min_lr", "peak_lr"]),
+        ("loss.diversity_weight=-0.1", ["loss.diversity_weight", "-0.1", "greater than or equal to 0"]),
+        ("loss.sharpness_weight=-1", ["loss.sharpness_weight", "-1", "greater than or equal to 0"]),
+        ("model.quantizer=nearest", ["model", "128", "must equal embedding_dim 64"]),
         ("optim.peak_lr=.nan", ["optim.peak_lr", "finite"]),
         ("optim=3", ["optim", "dictionary"]),
         ("steps", ["section.field=value"]),

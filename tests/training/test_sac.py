@@ -49,11 +49,12 @@ def test_layer_gives_the_reference_values(case: dict[str, Any], tensors: dict[st
 
 
 @pytest.mark.parametrize("level", range(6))
-@pytest.mark.parametrize("kernel_stride", [(2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("kernel_stride", [(2, 2), (4, 4), (3, 1), (3, 2)])
 def test_convolution_gradients(level: int, kernel_stride: tuple[int, int]) -> None:
     torch.manual_seed(level)
     layer = SACConv3d(1, 1, *kernel_stride).double()
-    x = torch.randn(1, 1, 2, 4, 2, dtype=torch.float64, requires_grad=True)
+    depth, width = (4, 4) if kernel_stride == (4, 4) else (2, 2)
+    x = torch.randn(1, 1, depth, 4, width, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         state = SpatialState(level, 1)

@@ -198,15 +198,3 @@ def test_a_wrong_configuration_names_the_field(change: dict[str, Any], message: 
 def test_images_that_do_not_divide_into_tokens_are_refused(shape: tuple[int, ...], level: int) -> None:
     with pytest.raises(ValueError, match="multiples of"):
         Tokenizer(SMALL).encode(torch.zeros(shape), level)
-
-
-@pytest.mark.slow
-def test_it_compiles_to_one_graph_per_level() -> None:
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(SMALL)
-    compiled = torch.compile(tokenizer, fullgraph=True, backend="aot_eager", dynamic=False)
-    for level in range(6):
-        x = crop(level)
-        actual, expected = compiled(x, level), tokenizer(x, level)
-        torch.testing.assert_close(actual.reconstruction, expected.reconstruction, rtol=1e-4, atol=1e-5)
-        actual.reconstruction.mean().backward()

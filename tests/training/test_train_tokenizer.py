@@ -19,6 +19,7 @@ from tests.training_process import train_in_process
 from training import train_tokenizer
 from training.config import TokenizerRunConfig, load_preset
 from training.pretrained import load_tokenizer
+from training.quantizer import gumbel_temperature
 from training.run import Run, TrainingDivergedError, TrainingInterrupted, newest_checkpoint, read_state
 from training.train_tokenizer import train
 
@@ -80,6 +81,29 @@ def test_curves_and_pictures_are_written(whole):
         "step-00000006.png",
     ]
     assert Image.open(whole / "pictures" / "step-00000006.png").width > 100
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "nearest"])
+def test_other_quantizers_train_and_load_as_what_they_are(quantizer, toy_corpus, tmp_path, monkeypatch):
+    temperatures = []
+    update = Run.update
+
+    def watch(self, loss, optimizer, *rest):
+        temperatures.append(dict(models["model"].named_buffers()).get("quantizer.temperature"))
+        temperatures[-1] = None if temperatures[-1] is None else float(temperatures[-1])
+        return update(self, loss, optimizer, *rest)
+
+    models = {}
+    restore = Run.restore
+    monkeypatch.setattr(Run, "restore", lambda self, m, o: (models.update(m), restore(self, m, o))[1])
+    monkeypatch.setattr(Run, "update", watch)
+    chosen = [f"model.quantizer={quantizer}", "model.embedding_dim=16", "steps=4"]
+    summary = train(config(*chosen), toy_corpus, tmp_path / "run", resume=False)
+    assert summary["last_loss"] < float("inf")
+    loaded = load_tokenizer(tmp_path / "run")
+    assert loaded.config.quantizer == quantizer
+    if quantizer == "gumbel":
+        assert temperatures == pytest.approx([gumbel_temperature(step, 4) for step in range(4)])
 
 
 def test_a_shut_gate_leaves_the_adversarial_term_out(toy_corpus, tmp_path):

@@ -25,6 +25,7 @@ from catalog.store import Location, RemotePath, StoreError, endpoint
 MIRRORED = ("catalog", "splits")
 """Folders of a corpus that are copied."""
 
+_LEFT_THERE = ("/previews.parquet", "/features.parquet")
 _ETAGS_FILE = ".etags.json"
 _ROUNDS = 5
 """So often a copy is begun anew because a writer was faster."""
@@ -33,7 +34,7 @@ _ROUNDS = 5
 def open_corpus(place: Location) -> Corpus:
     """The corpus in a folder or an object store, to read from.
 
-    Previews are not copied: who wants one reads it where it lies. Copies lie below `$XDG_CACHE_HOME`, in a
+    Previews and features are not copied: who wants them reads them where they lie. Copies lie below `$XDG_CACHE_HOME`, in a
     folder for each URL, and may be deleted at any time.
 
     Raises StoreError if the store does not answer or denies access, SetupError if the copies have no place.
@@ -42,7 +43,7 @@ def open_corpus(place: Location) -> Corpus:
         return Corpus(place)
     folder = local_folder(place, "XDG_CACHE_HOME", "~/.cache")
     with _alone(folder):
-        update_copy(place, folder, lambda name: not name.endswith("/previews.parquet"))
+        update_copy(place, folder, lambda name: not name.endswith(_LEFT_THERE))
     return Corpus(folder, origin=place)
 
 

@@ -106,7 +106,8 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease) -> No
         )
     stopped = unfinished.is_file()  # a run that was killed: any file may be its
     if there != _bytes(manifest) or stopped:
-        names = map(corpus.name_of, (corpus.split_file(dataset), corpus.preview_file(dataset), catalog))
+        beside = (corpus.split_file(dataset), corpus.preview_file(dataset), corpus.features_file(dataset))
+        names = map(corpus.name_of, (*beside, catalog))
         changed = [name for name in names if name in digests and (stopped or digests[name] != known.get(name))]
         steps = [(manifest, unfinished)]
         steps += [(corpus.root / name, place / name) for name in changed]
@@ -133,6 +134,7 @@ def _fetch(corpus: Corpus, place: RemotePath, dataset: str) -> None:
     published = [
         corpus.catalog_file(dataset),
         corpus.preview_file(dataset),
+        corpus.features_file(dataset),
         corpus.split_file(dataset),
         corpus.next_manifest_file(dataset),
     ]

@@ -58,6 +58,25 @@ def whole_copy(place: Location) -> Iterator[Corpus]:
         yield Corpus(Path(folder), origin=place)
 
 
+@contextmanager
+def features_copy(place: Location) -> Iterator[Corpus]:
+    """As `open_corpus`, with all features at hand; what is recorded of duplicates goes back to the store."""
+    if isinstance(place, Path):
+        yield Corpus(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
+        update_copy(place, Path(folder), lambda name: not name.endswith("/previews.parquet"))
+        corpus = Corpus(Path(folder), origin=place)
+        recorded = (corpus.duplicates_file, corpus.duplicates_digest_file)
+        before = [file.stat().st_mtime_ns if file.is_file() else None for file in recorded]
+        yield corpus
+        after = [file.stat().st_mtime_ns if file.is_file() else None for file in recorded]
+        if after != before:
+            (place / corpus.name_of(recorded[1])).unlink()
+            for file in recorded:
+                (place / corpus.name_of(file)).write(file)
+
+
 def local_folder(place: RemotePath, variable: str, default: str) -> Path:
     """This machine's folder for a URL, below that of an XDG variable."""
     base = Path(os.environ.get(variable) or default).expanduser() / "pumit-data"

@@ -8,15 +8,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
+from catalog.duplicates import missing_features
 from catalog.duplicates.pictures import FEATURES_VERSION
 from catalog.errors import SetupError
-from catalog.manifest import publish, refuse_damaged
+from catalog.manifest import publish, refuse_damaged, settle
 from catalog.merge import SortedRuns, merged
-from catalog.query import load_dataset, read_batches, remedy_of
+from catalog.query import dataset_ids, load_dataset, read_batches, remedy_of
 from catalog.schema import FEATURES_SCHEMA
 from catalog.scratch import NameSet
 from catalog.write import features_file
 from ingest.features import features
+from ingest.journal import Journal
 from shards.read import ShardReader
 
 Progress = Callable[[int, int], None]
@@ -77,13 +79,23 @@ def add_features(
     )
 
 
-def refuse_remote(corpus: Corpus, dataset: str, count: int) -> None:
-    """Raises SetupError that tells how features come into a corpus that is not in a folder."""
-    raise SetupError(
-        f"{dataset}: {count} images in {corpus.place} have no features, for an earlier version of PUMIT-data "
-        "ingested them. Copy the corpus to a folder, type `pumit-data duplicates` there, and copy "
-        f"{corpus.name_of(corpus.features_file(dataset))} and the manifest beside it back."
-    )
+def ensure_features(corpus: Corpus, progress: Callable[[str, int, int], None]) -> None:
+    """Add what features any dataset of a corpus lacks.
+
+    Raises SetupError if an ingest is running, or the corpus lies in an object store.
+    """
+    for dataset in dataset_ids(corpus):
+        if not (count := missing_features(corpus, dataset)):
+            continue
+        if corpus.origin is not None:
+            raise SetupError(
+                f"{dataset}: {count} images in {corpus.place} have no features, for an earlier version of "
+                "PUMIT-data ingested them. Copy the corpus to a folder, type `pumit-data duplicates` there, and "
+                f"copy {corpus.name_of(corpus.features_file(dataset))} and then the manifest beside it back."
+            )
+        with Journal(corpus, dataset).lock():
+            settle(corpus, dataset)
+            add_features(corpus, dataset, lambda done, total: progress("features", done, total))
 
 
 def _current(corpus: Corpus, dataset: str) -> Iterator[pa.Table]:

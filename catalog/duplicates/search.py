@@ -216,10 +216,11 @@ def _agreeing(images: Images, pairs: npt.NDArray[np.int64], progress: Progress, 
                 if united:
                     open_ = [not (alone[a] and alone[b] and sets.root(a) == sets.root(b)) for a, b in some.tolist()]
                     some = some[open_]
-                scores = pool.map(compare, np.array_split(some, workers) if len(some) > workers else [some])
-                for (first, second), score in zip(some.tolist(), np.concatenate(list(scores)), strict=True):
+                shares = [share for share in np.array_split(some, workers) if len(share)]
+                scores = np.concatenate([np.empty(0, np.float32), *pool.map(compare, shares)])
+                for (first, second), score in zip(some.tolist(), scores.tolist(), strict=True):
                     if score >= threshold(count):
-                        found[first, second] = round(float(score), 3)
+                        found[first, second] = round(score, 3)
                         sets.unite(first, second)
                 progress("comparisons", done, len(pairs))
     return found

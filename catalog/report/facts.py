@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
 from catalog.query import load_dataset
+from catalog.report.duplicates import duplicates_facts
 from catalog.report.pictures import DESCRIBED, allotment, contact_sheet, sampled_rows
 from catalog.stats import AUDITED, audit, summarise_cells
 from catalog.survey import MEASURES, Cells, GroupColumn, Measure, in_threads, survey_corpus
@@ -45,7 +46,8 @@ def report_facts(
     Returns:
         where; totals, modalities, levels as `catalog.stats.audit` has them; datasets (outcomes, counts, and
         quantiles of shapes); spacings (see `spacing_marks`); intensities (per dataset and modality, SPREAD of
-        each of INTENSITIES over its images); reasons; sheet (see `catalog.report.pictures.contact_sheet`).
+        each of INTENSITIES over its images); reasons; sheet (see `catalog.report.pictures.contact_sheet`);
+        duplicates (of the whole corpus, see `catalog.report.duplicates.duplicates_facts`).
 
     Raises SetupError as `catalog.survey.survey_corpus`, and if a preview is damaged.
     """
@@ -68,6 +70,7 @@ def report_facts(
         "intensities": intensities,
         "reasons": _reasons(survey, meanings or {}),
         "sheet": contact_sheet(corpus, chosen, sizes),
+        "duplicates": duplicates_facts(corpus),
     }
 
 

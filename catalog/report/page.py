@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,22 @@ def write_page(facts: dict[str, Any], path: Path) -> int:
 
 
 def render_page(facts: dict[str, Any]) -> str:
-    """The page. The same facts give the same text.
+    """The page. The same facts give the same text."""
+    images = facts["totals"]["ingested"]
+    marks = facts["spacings"]["marks"]
+    shown = facts | {
+        "scatter": spacing_chart(facts["spacings"]) if marks else None,
+        "columns": level_chart(facts["levels"], images) if images else None,
+        "size_axis": size_scale(facts["datasets"], SHAPES),
+        "intensity_axis": intensity_scale(facts["intensities"], INTENSITIES),
+        "shape_names": SHAPES,
+        "known": lambda value: value is not None and math.isfinite(value),
+    }
+    return render_template("report.html", shown)
+
+
+def render_template(name: str, shown: Mapping[str, Any]) -> str:
+    """A packaged template filled with facts.
 
     Texts of the catalog are escaped, and the page's own policy lets a browser run no script and load no style
     but those that are packaged here, known by their hash.
@@ -41,20 +57,12 @@ def render_page(facts: dict[str, Any]) -> str:
     )
     environment.filters |= {"count": _count, "number": _number, "percent": _percent, "bytes": decimal}
     style, script = _packaged("report.css"), _packaged("report.js")
-    images = facts["totals"]["ingested"]
-    marks = facts["spacings"]["marks"]
-    return environment.get_template("report.html").render(
-        **facts,
+    return environment.get_template(name).render(
+        **shown,
         style=Markup(style),  # noqa: S704 (packaged, not of the catalog)
         script=Markup(script),  # noqa: S704
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'",
-        scatter=spacing_chart(facts["spacings"]) if marks else None,
-        columns=level_chart(facts["levels"], images) if images else None,
-        size_axis=size_scale(facts["datasets"], SHAPES),
-        intensity_axis=intensity_scale(facts["intensities"], INTENSITIES),
-        shape_names=SHAPES,
-        known=lambda value: value is not None and math.isfinite(value),
     )
 
 

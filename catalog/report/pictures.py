@@ -83,6 +83,23 @@ def contact_sheet(
     }
 
 
+def pictures_of(
+    corpus: Corpus, rows: Sequence[Mapping[str, Any]], limit: int = BYTES_OF_ONE
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Width, height and source of the pictures of some hundred rows, by dataset and key, where there are any.
+
+    Raises SetupError if a preview is damaged.
+    """
+    keys: dict[str, list[str]] = {}
+    for row in rows:
+        keys.setdefault(row["dataset"], []).append(row["key"])
+    return {
+        (dataset, key): picture
+        for dataset, wanted in keys.items()
+        for key, picture in _pictures(corpus, dataset, wanted, limit).items()
+    }
+
+
 def _pictures(corpus: Corpus, dataset: str, keys: Sequence[str], limit: int) -> dict[str, dict[str, Any]]:
     file = corpus.published(corpus.preview_file(dataset))
     if not file.exists():

@@ -501,7 +501,9 @@ def duplicates(
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Also write a page of groups with pictures.", show_default=False),
+        typer.Option(
+            metavar="FILE.html", help="Also write a page of groups with pictures.", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do not record the groups in the corpus.")] = False,
     as_csv: CsvOption = False,
@@ -509,7 +511,8 @@ def duplicates(
 ) -> None:
     """Find images that occur twice, within datasets and across them, and record which one of each to keep.
 
-    With --leakage nothing is recorded, and the exit code is 1 if the evaluation set shares images with the corpus.
+    With --leakage nothing is recorded, and the exit code is 1 if the evaluation set shares images with the
+    corpus.
     """
     from catalog.duplicates import write_groups
     from catalog.duplicates.groups import as_json as groups_as_json

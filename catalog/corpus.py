@@ -40,7 +40,8 @@ class Corpus:
         return path.relative_to(self.origin).as_posix()
 
     def published(self, path: Path) -> Location:
-        """Where a file of the corpus lies that is not copied from a store: previews and features, rarely read."""
+        """Where a file of the corpus lies that is not copied from a store: previews and features, rarely
+        read."""
         return path if self.origin is None else self.origin / self.name_of(path)
 
     @property

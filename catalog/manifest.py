@@ -1,4 +1,5 @@
-"""What a dataset's published files must hash to: catalog, previews, features and split, in one small file beside them.
+"""What a dataset's published files must hash to: catalog, previews, features and split, in one small file
+beside them.
 
     # pumit-data manifest 1
     <sha256>  catalog/dataset=amos/features.parquet

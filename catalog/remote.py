@@ -34,8 +34,8 @@ _ROUNDS = 5
 def open_corpus(place: Location) -> Corpus:
     """The corpus in a folder or an object store, to read from.
 
-    Previews and features are not copied: who wants them reads them where they lie. Copies lie below `$XDG_CACHE_HOME`, in a
-    folder for each URL, and may be deleted at any time.
+    Previews and features are not copied: who wants them reads them where they lie. Copies lie below
+    `$XDG_CACHE_HOME`, in a folder for each URL, and may be deleted at any time.
 
     Raises StoreError if the store does not answer or denies access, SetupError if the copies have no place.
     """

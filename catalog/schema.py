@@ -107,7 +107,10 @@ FEATURES_SCHEMA = pa.schema(
         _column("key", _TEXT, "key of the image in the catalog", required=True),
         _column("features_version", _INT, "version of the rules that made them", required=True),
         _column(
-            "voxel_hash", pa.binary(16), "equal for equal shape and real values, whatever the dtype", required=True
+            "voxel_hash",
+            pa.binary(16),
+            "equal for equal shape and real values, whatever the dtype",
+            required=True,
         ),
         _column(
             "pictures",
@@ -159,8 +162,8 @@ Types are those of Arrow; a type with `not null` always has a value.
 
 ## Features
 
-`catalog/dataset=ID/features.parquet` holds what `pumit-data duplicates` compares of the ingested images. Images of an
-earlier version of PUMIT-data may lack there, until that command adds them.
+`catalog/dataset=ID/features.parquet` holds what `pumit-data duplicates` compares of the ingested images.
+Images of an earlier version of PUMIT-data may lack there, until that command adds them.
 
 | column | type | unit | meaning |
 | --- | --- | --- | --- |

@@ -73,10 +73,11 @@ def merge_batches(
             if unknown := set(pc.unique(new[name]).to_pylist()) - set(words):
                 raise ValueError(f"{dataset}: {name} must be one of {words}, got {sorted(unknown)}")
         images.add(new)
-        for given, (_, schema), run in zip((previews, features), siblings, runs, strict=True):
-            beside = _conform(dataset, given, schema)
+        given = {"previews": previews, "features": features}
+        for (name, some), (_, schema), run in zip(given.items(), siblings, runs, strict=True):
+            beside = _conform(dataset, some, schema)
             if strays := beside.filter(pc.invert(pc.is_in(beside["key"], new["key"])))["key"].to_pylist():
-                raise ValueError(f"{dataset}: {schema.names[-1]} without a row: {strays[:5]}")
+                raise ValueError(f"{dataset}: {name} without a row: {strays[:5]}")
             run.add(beside)
         new_keys.add(new["key"].to_pylist())
         reread_paths.add(reread)

@@ -1,4 +1,5 @@
-"""Features of images that an earlier version of PUMIT-data ingested: from the shards, no raw image is needed."""
+"""Features of images that an earlier version of PUMIT-data ingested: from the shards, no raw image is
+needed."""
 
 from __future__ import annotations
 
@@ -90,8 +91,8 @@ def ensure_features(corpus: Corpus, progress: Callable[[str, int, int], None]) -
         if corpus.origin is not None:
             raise SetupError(
                 f"{dataset}: {count} images in {corpus.place} have no features, for an earlier version of "
-                "PUMIT-data ingested them. Copy the corpus to a folder, type `pumit-data duplicates` there, and "
-                f"copy {corpus.name_of(corpus.features_file(dataset))} and then the manifest beside it back."
+                "PUMIT-data ingested them. Copy the corpus to a folder, type `pumit-data duplicates` "
+                f"there, and copy {corpus.name_of(corpus.features_file(dataset))} and then the manifest beside it back."
             )
         with Journal(corpus, dataset).lock():
             settle(corpus, dataset)

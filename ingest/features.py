@@ -74,9 +74,9 @@ def features(voxels: Voxels, row: Mapping[str, Any]) -> Features:
 def voxel_hash(voxels: Voxels, slope: float, intercept: float) -> bytes:
     """16 bytes, equal for images of equal shape and equal real values, however these are stored.
 
-    Integers are hashed as multiples of their greatest common step above their minimum, floats as float32: dtype,
-    slope and intercept do not matter as such. It is BLAKE2b of all values, or, beyond 1 MiB, of the CRC-32 of
-    each 64 KiB of them, which runs at the speed of memory and tells apart whatever no forger made.
+    Integers are hashed as multiples of their greatest common step above their minimum, floats as float32:
+    dtype, slope and intercept do not matter as such. It is BLAKE2b of all values, or, beyond 1 MiB, of the
+    CRC-32 of each 64 KiB of them, which runs at the speed of memory and tells apart whatever no forger made.
     """
     from isal import isal_zlib  # twenty times the speed of zlib
 
@@ -95,7 +95,7 @@ def voxel_hash(voxels: Voxels, slope: float, intercept: float) -> bytes:
             values = values if step == 1 else values // unsigned.type(step)
         else:
             values = (slope * part.astype(np.float64) + intercept).astype(kind) + kind.type(0)  # no -0
-        data = memoryview(np.ascontiguousarray(values, kind)).cast("B")
+        data = np.ascontiguousarray(values, kind).data.cast("B")
         if is_small:
             digest.update(data)
             continue
@@ -117,7 +117,8 @@ def pictures(voxels: Voxels, window: tuple[float, float]) -> npt.NDArray[np.uint
 
 
 def _parts(voxels: Voxels) -> Iterator[Voxels]:
-    """The planes of each channel, as many at a time as a processor's cache holds. Cut the same for all types."""
+    """The planes of each channel, as many at a time as a processor's cache holds. Cut the same for all
+    types."""
     planes = max(1, _WHOLE_BYTES // (2 * math.prod(voxels.shape[2:])))
     # Planes across the order of memory are gathered many at once: each cache line then serves all of them.
     gathered = planes if abs(voxels.strides[-1]) == voxels.itemsize else -(-_GATHERED // planes) * planes
@@ -157,7 +158,9 @@ def _slab(volume: Voxels, axis: int, window: tuple[float, float]) -> _Cells:
     middle, half = (volume.shape[axis] - 1) / 2, max(_SLAB * volume.shape[axis] / 2, 0.5)
     first, last = math.ceil(middle - half), math.floor(middle + half)
     count = min(_SLICES, last - first + 1)
-    places = [first + (2 * number * (last - first) + count - 1) // (2 * max(count - 1, 1)) for number in range(count)]
+    places = [
+        first + (2 * number * (last - first) + count - 1) // (2 * max(count - 1, 1)) for number in range(count)
+    ]
     total = np.zeros((), np.float64)
     for place in places:
         weight = round(_SLAB_WEIGHT * (1 - abs(place - middle) / (half + 0.5)))
@@ -167,7 +170,8 @@ def _slab(volume: Voxels, axis: int, window: tuple[float, float]) -> _Cells:
 
 
 def _grey(plane: Voxels, window: tuple[float, float], side: int) -> _Cells:
-    """Whole grey levels of a plane (C, h, w), summed over channels; of a large one, of every n-th row and column."""
+    """Whole grey levels of a plane (C, h, w), summed over channels; of a large one, of every n-th row and
+    column."""
     down, across = (max(1, extent // (_SAMPLES * side)) for extent in plane.shape[1:])
     seen = plane[:, down // 2 :: down, across // 2 :: across].astype(np.float64)
     low, high = window
@@ -185,7 +189,7 @@ def _areas(extent: int, side: int) -> _Cells:
     """(side, extent): how much of each pixel lies in each of `side` equal cells, in units of 1 / side."""
     cells, pixels = np.arange(side)[:, np.newaxis] * extent, np.arange(extent) * side
     overlap = np.minimum(cells + extent, pixels + side) - np.maximum(cells, pixels)
-    return np.maximum(overlap, 0).astype(np.float64)
+    return np.asarray(np.maximum(overlap, 0), np.float64)
 
 
 def _levels(cells: _Cells) -> npt.NDArray[np.uint8]:
@@ -198,5 +202,8 @@ def _levels(cells: _Cells) -> npt.NDArray[np.uint8]:
     if high <= low:
         return np.zeros(cells.shape, np.uint8)
     value = np.clip((cells - low) / (high - low), 0, 1)
-    rank = (np.searchsorted(ordered, cells, "left") + np.searchsorted(ordered, cells, "right")) / (2 * cells.size)
-    return np.minimum((value + rank) * (LEVELS / 2), LEVELS - 1).astype(np.uint8)
+    rank = (np.searchsorted(ordered, cells, "left") + np.searchsorted(ordered, cells, "right")) / (
+        2 * cells.size
+    )
+    levels: npt.NDArray[np.uint8] = np.minimum((value + rank) * (LEVELS / 2), LEVELS - 1).astype(np.uint8)
+    return levels

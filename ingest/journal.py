@@ -230,7 +230,9 @@ class Journal:
             if entry.name.endswith(".parquet") and not entry.name.startswith(".")
         )
 
-    def _batches(self, database: sqlite3.Connection) -> Iterator[tuple[pa.Table, pa.Table, pa.Table, list[str]]]:
+    def _batches(
+        self, database: sqlite3.Connection
+    ) -> Iterator[tuple[pa.Table, pa.Table, pa.Table, list[str]]]:
         """Rows, previews, features and source paths of the records, some at a time.
 
         Where two records speak of one source, as those of a pack and of its half can, the later by name does.

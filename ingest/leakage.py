@@ -70,7 +70,8 @@ def find_leaks(corpus: Corpus, target: str, progress: Progress, *, exact_only: b
     """Compare all other images of a corpus with an evaluation set.
 
     Args:
-        target: id of a dataset of the corpus; a folder with another prepared corpus; a folder with raw images; or
+        target: id of a dataset of the corpus; a folder with another prepared corpus; a folder with raw images;
+        or
             one raw image or MedMNIST archive (.npz).
 
     Raises:
@@ -100,7 +101,9 @@ def find_leaks(corpus: Corpus, target: str, progress: Progress, *, exact_only: b
                 raise SetupError(f"{target}: nothing in it could be read as an image. {' '.join(unread[:3])}")
         else:
             ids = ", ".join(corpus.datasets())
-            raise SetupError(f"--leakage {target}: neither a file or folder, nor a dataset of the corpus ({ids}).")
+            raise SetupError(
+                f"--leakage {target}: neither a file or folder, nor a dataset of the corpus ({ids})."
+            )
         side = np.arange(len(images)) >= border
         pairs = {} if exact_only else near_pairs(images, progress, side)
         exact = {pair: 1.0 for group in exact_groups(images) for pair in _across(group, side)}

@@ -194,7 +194,8 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec]) -> None:
 
 
 def _with_features(work: _Work, table: pa.Table) -> pa.Table:
-    """The rows with a digest of their features, which a deep verification compares; null where they have none."""
+    """The rows with a digest of their features, which a deep verification compares; null where they have
+    none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

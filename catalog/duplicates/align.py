@@ -1,8 +1,10 @@
-"""Whether two images show the same: their pictures are laid over each other, and what is fine in both is compared.
+"""Whether two images show the same: their pictures are laid over each other, and what is fine in both is
+compared.
 
-A crop or another spacing moves and stretches each axis by itself. So the search is over flips, and a shift and a
-scale an axis, which the three slabs of a volume share: least squares from coarse to fine (Lucas and Kanade,
-IJCAI 1981), of many pairs at a time. What is coarse is then taken away, for brains in one atlas have it in common.
+A crop or another spacing moves and stretches each axis by itself. So the search is over flips, and a shift and
+a scale an axis, which the three slabs of a volume share: least squares from coarse to fine (Lucas and Kanade,
+IJCAI 1981), of many pairs at a time. What is coarse is then taken away, for brains in one atlas have it in
+common.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ def _placed(a: Floats, b: Floats, start: Placement) -> Placement:
                 columns = columns.transpose(0, 2, 1)
                 seen = (rows_inside[:, :, None] & columns_inside[:, None, :]).astype(np.float32)
                 source = smooth_b[:, number]
-                moved = rows @ source @ columns
+                moved: Floats = rows @ source @ columns
                 moved = (moved - _mean(moved, seen)) * seen
                 norm = _norm(moved)
                 x = _standardised(smooth_a[:, number], seen)
@@ -155,8 +157,8 @@ def _fine_agreement(a: Floats, b: Floats, placement: Placement) -> Floats:
         rows, rows_inside = _interpolation(placement.shift[:, down], placement.scale[:, down], side)
         columns, columns_inside = _interpolation(placement.shift[:, across], placement.scale[:, across], side)
         seen = (rows_inside[:, :, None] & columns_inside[:, None, :]).astype(np.float32)
-        x = a[:, number]
-        y = rows @ b[:, number] @ columns.transpose(0, 2, 1)
+        x: Floats = a[:, number]
+        y: Floats = rows @ b[:, number] @ columns.transpose(0, 2, 1)
         # What lies outside counts as the mean, so that the blur sees no edge there.
         x, y = (x - _mean(x, seen)) * seen, (y - _mean(y, seen)) * seen
         x, y = (_standardised(picture - blurred(picture, _FINE), seen) for picture in (x, y))
@@ -167,7 +169,7 @@ def _fine_agreement(a: Floats, b: Floats, placement: Placement) -> Floats:
 def _standardised(pictures: Floats, seen: Floats) -> Floats:
     """Mean 0 and norm 1 over what is `seen`, 0 elsewhere."""
     centred = (pictures - _mean(pictures, seen)) * seen
-    return centred / _norm(centred)
+    return np.asarray(centred / _norm(centred))
 
 
 def _mean(pictures: Floats, seen: Floats) -> Floats:
@@ -194,7 +196,7 @@ def _interpolation(shift: Floats, scale: Floats, side: int) -> tuple[Floats, npt
 def _blur(side: int, sigma: float) -> Floats:
     distance = np.arange(side)[:, None] - np.arange(side)
     weights = np.exp(-(distance**2) / (2 * sigma**2))
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
 
 
 @functools.cache

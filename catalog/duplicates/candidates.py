@@ -1,8 +1,8 @@
 """Which pairs of millions of images are worth a comparison: those of which some codes meet.
 
-Codes wait on disk, in parts by bucket, and each part is sorted in memory. In a bucket a code is compared with the
-next few only, in the order of the rest of their signs: one that is crowded, of images without much in them, costs
-time in proportion to its size and not to its square.
+Codes wait on disk, in parts by bucket, and each part is sorted in memory. In a bucket a code is compared with
+the next few only, in the order of the rest of their signs: one that is crowded, of images without much in them,
+costs time in proportion to its size and not to its square.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ class Candidates:
                     database.execute("INSERT INTO meeting SELECT * FROM met")
                     database.unregister("met")
             found = database.sql(
-                "SELECT a, b FROM meeting GROUP BY a, b "
-                f"HAVING min(different) <= {_SURE} OR count(*) >= {_MEETINGS} ORDER BY a, b"
+                "SELECT a, b FROM meeting GROUP BY a, b HAVING min(different) <= $sure OR count(*) >= $often "
+                "ORDER BY a, b",
+                params={"sure": _SURE, "often": _MEETINGS},
             )
             for batch in found.to_arrow_reader(1 << 16):
                 yield np.stack([batch.column(name).to_numpy().astype(np.int64) for name in ("a", "b")], axis=1)
@@ -115,7 +116,9 @@ class Candidates:
             both = np.intersect1d(entries["bucket"][here], entries["bucket"][~here])
             entries = entries[np.isin(entries["bucket"], both)]
         order = np.lexsort((entries["image"], entries["rest"], entries["bucket"]))
-        bucket, rest, image = (np.ascontiguousarray(entries[name][order]) for name in ("bucket", "rest", "image"))
+        bucket, rest, image = (
+            np.ascontiguousarray(entries[name][order]) for name in ("bucket", "rest", "image")
+        )
         for distance in range(1, (NEIGHBOURS if side is None else _NEIGHBOURS_ACROSS) + 1):
             together = np.flatnonzero(bucket[distance:] == bucket[:-distance])
             if not len(together):

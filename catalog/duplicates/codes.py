@@ -1,8 +1,9 @@
 """Codes under which images that show the same meet: what surrounds the salient points of their pictures.
 
-A salient point is an extremum of the difference of two blurs; its surroundings, in three sizes, are brought to one
-of their four mirror images and told by the signs of their cosine transform. Such a code knows nothing of the
-image's ends, so a crop leaves most as they are; the three sizes bridge the other scale that it brings about.
+A salient point is an extremum of the difference of two blurs; its surroundings, in three sizes, are brought to
+one of their four mirror images and told by the signs of their cosine transform. Such a code knows nothing of
+the image's ends, so a crop leaves most as they are; the three sizes bridge the other scale that it brings
+about.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _sampled(pictures: Floats, down: Floats, across: Floats) -> Floats:
     y, x = rows[..., :, None], columns[..., None, :]
     upper = pictures[each, y, x] * (1 - beside) + pictures[each, y, x + 1] * beside
     lower = pictures[each, y + 1, x] * (1 - beside) + pictures[each, y + 1, x + 1] * beside
-    return upper * (1 - below) + lower * below
+    return np.asarray(upper * (1 - below) + lower * below)
 
 
 @functools.cache
@@ -136,7 +137,7 @@ def _cosines(size: int) -> Floats:
     """The orthonormal cosine transform (DCT-II)."""
     waves = np.cos(np.pi * (np.arange(size) + 0.5) * np.arange(size)[:, None] / size) * np.sqrt(2 / size)
     waves[0] /= np.sqrt(2)
-    return waves.astype(np.float32)
+    return np.asarray(waves, np.float32)
 
 
 @functools.cache

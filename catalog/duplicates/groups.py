@@ -1,4 +1,5 @@
-"""Groups of duplicates of a corpus: who is in them, who is kept, and what they mean for training and validation."""
+"""Groups of duplicates of a corpus: who is in them, who is kept, and what they mean for training and
+validation."""
 
 from __future__ import annotations
 
@@ -120,8 +121,9 @@ def feature_batches(
     file = corpus.features_file(dataset)
     if lacking := missing_features(corpus, dataset):
         raise SetupError(
-            f"{dataset}: {lacking} images of {corpus.place} have no features, for an earlier version of PUMIT-data "
-            f"ingested them. Type `pumit-data duplicates --data {corpus.place}`, which adds them from the shards."
+            f"{dataset}: {lacking} images of {corpus.place} have no features, for an earlier version of "
+            f"PUMIT-data ingested them. Type `pumit-data duplicates --data {corpus.place}`, which adds them "
+            "from the shards."
         )
     if not file.is_file():
         return
@@ -155,8 +157,8 @@ def find_groups(
 def kept_member(rows: Sequence[Row]) -> int:
     """Index of the one member of a group that stands for it.
 
-    One for validation if there is any: then none of the group is trained on, and the validation stays honest. Else
-    the one with most voxels, of the least reduced type, and of these the first by dataset and key.
+    One for validation if there is any: then none of the group is trained on, and the validation stays honest.
+    Else the one with most voxels, of the least reduced type, and of these the first by dataset and key.
     """
 
     def rank(index: int) -> tuple[Any, ...]:
@@ -171,8 +173,8 @@ def kept_member(rows: Sequence[Row]) -> int:
 def summary(found: Found) -> dict[str, Any]:
     """Counts: images, groups by kind, superfluous images, images by pair of datasets, straddling groups.
 
-    `by_datasets` has a row for each two datasets (or one) that share groups: groups, and the images of either in
-    them.
+    `by_datasets` has a row for each two datasets (or one) that share groups: groups, and the images of either
+    in them.
     """
     between: Counter[tuple[str, str]] = Counter()
     members: Counter[tuple[str, str]] = Counter()
@@ -195,7 +197,12 @@ def summary(found: Found) -> dict[str, Any]:
         "superfluous": in_groups - len(found.groups),
         "straddling": found.straddling,
         "by_datasets": [
-            {"dataset": first, "other": second, "groups": between[first, second], "images": members[first, second]}
+            {
+                "dataset": first,
+                "other": second,
+                "groups": between[first, second],
+                "images": members[first, second],
+            }
             for first, second in sorted(between)
         ],
     }

@@ -18,7 +18,6 @@ PACKED_BYTES = {1: FLAT_SIDE**2 // 2, 3: 3 * SLAB_SIDE**2 // 2}
 """Of an image of one picture, and of a volume."""
 
 
-
 def pack(pictures: npt.NDArray[np.uint8]) -> bytes:
     """(n, side, side) of levels below LEVELS as bytes, two cells each."""
     cells = pictures.reshape(-1)

@@ -32,7 +32,8 @@ _FEATURES = np.dtype(
 
 
 class Images:
-    """Features of images, numbered as they come: 40 bytes of each in memory, the pictures in files without a name."""
+    """Features of images, numbered as they come: 40 bytes of each in memory, the pictures in files without a
+    name."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: where pictures lie meanwhile, up to 1.5 kB an image; by default that of temporary files."""
@@ -112,9 +113,7 @@ def near_pairs(
     table = images.table()
     found: Pairs = {}
     with Candidates(folder) as candidates:
-        alike: list[npt.NDArray[np.int64]] = []
-        for group in _equal(np.stack([table["pictures"], table["count"].astype(np.uint64)], axis=1)):
-            alike.append(group)
+        alike = _equal(np.stack([table["pictures"], table["count"].astype(np.uint64)], axis=1))
         standing = np.ones(len(table), bool)
         for group in alike:
             # One stands for all; on each side, if there are two.
@@ -191,8 +190,8 @@ def _add_codes(
 def _agreeing(images: Images, pairs: npt.NDArray[np.int64], progress: Progress, united: bool) -> Pairs:
     """The pairs whose pictures agree, when they are laid over each other.
 
-    With `united`, a pair that others have connected already is passed over where its images are the only ones of
-    their sources: a group of n takes about n comparisons.
+    With `united`, a pair that others have connected already is passed over where its images are the only ones
+    of their sources: a group of n takes about n comparisons.
     """
     table = images.table()
     _, which, sizes = np.unique(table["source"], return_inverse=True, return_counts=True)
@@ -214,7 +213,9 @@ def _agreeing(images: Images, pairs: npt.NDArray[np.int64], progress: Progress, 
                 some = of_kind[start : start + at_once]
                 done += len(some)
                 if united:
-                    open_ = [not (alone[a] and alone[b] and sets.root(a) == sets.root(b)) for a, b in some.tolist()]
+                    open_ = [
+                        not (alone[a] and alone[b] and sets.root(a) == sets.root(b)) for a, b in some.tolist()
+                    ]
                     some = some[open_]
                 shares = [share for share in np.array_split(some, workers) if len(share)]
                 scores = np.concatenate([np.empty(0, np.float32), *pool.map(compare, shares)])
@@ -279,7 +280,9 @@ def _equal(values: npt.NDArray[np.uint64]) -> list[npt.NDArray[np.int64]]:
     new[1:] = (values[order[1:]] != values[order[:-1]]).any(axis=1)
     starts = np.flatnonzero(new)
     sizes = np.diff([*starts, len(values)])
-    return [order[start : start + size] for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True)]
+    return [
+        order[start : start + size] for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True)
+    ]
 
 
 def _digest(data: bytes) -> int:

@@ -17,8 +17,8 @@ def render(found: Found, console: Console) -> None:
     """Counts by pair of datasets, the first groups, and what straddles the split."""
     told = summary(found)
     console.print(
-        f"{told['images']:,} images, {told['groups']:,} groups of duplicates with {told['in_groups']:,} images: "
-        f"{told['groups_exact']:,} of equal values, {told['groups_with_near']:,} with near duplicates. "
+        f"{told['images']:,} images, {told['groups']:,} groups of duplicates with {told['in_groups']:,} "
+        f"images: {told['groups_exact']:,} of equal values, {told['groups_with_near']:,} with near duplicates. "
         f"{told['superfluous']:,} images are superfluous."
     )
     if not found.groups:
@@ -39,23 +39,28 @@ def render(found: Found, console: Console) -> None:
     for number, group in enumerate(shown):
         for place, member in enumerate(group):
             row = member.row
-            cells = (str(number) if place == 0 else "", f"{row['dataset']}/{row['key']}", member.kind, row["split"])
+            cells = (
+                str(number) if place == 0 else "",
+                f"{row['dataset']}/{row['key']}",
+                member.kind,
+                row["split"],
+            )
             groups.add_row(*map(Text, (*cells, "kept" if member.kept else "")))
         groups.add_section()
     console.print(groups)
     if told["straddling"]:
         count = len(told["straddling"])
         console.print(
-            f"{count:,} group{' has' if count == 1 else 's have'} images for training and for validation: the one "
-            "for validation is kept, so that with --dedup none of the group is trained on."
+            f"{count:,} group{' has' if count == 1 else 's have'} images for training and for validation: the "
+            "one for validation is kept, so that with --dedup none of the group is trained on."
         )
 
 
 def render_leaks(told: dict[str, Any], console: Console) -> None:
     """What of an evaluation set is in the corpus; `told` as `ingest.leakage.Leakage.as_json` has it."""
     console.print(
-        f"{told['evaluation_images_found']:,} of {told['evaluation_images']:,} evaluation images also occur among "
-        f"{told['images']:,} images of the corpus."
+        f"{told['evaluation_images_found']:,} of {told['evaluation_images']:,} evaluation images also occur "
+        f"among {told['images']:,} images of the corpus."
     )
     if told["leaks"]:
         shown = told["leaks"][:_LEAKS_SHOWN]

@@ -1,4 +1,5 @@
-"""Groups of duplicates as a reader sees them: some of them with pictures, on a page of their own and in the report."""
+"""Groups of duplicates as a reader sees them: some of them with pictures, on a page of their own and in the
+report."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def write_duplicates_page(corpus: Corpus, found: Found, path: Path) -> int:
             "straddles": number in described["straddling"],
             "members": [
                 member.row | {"kind": member.kind, "kept": member.kept}
-                for member in sorted(found.groups[number], key=lambda member: not member.kept)[:_MOST_OF_A_GROUP]
+                for member in sorted(found.groups[number], key=lambda member: not member.kept)[
+                    :_MOST_OF_A_GROUP
+                ]
             ],
         }
         for number in order[:_MOST_GROUPS]

@@ -4,11 +4,10 @@
 
 Recall: each image is encoded again in many ways, and the copies are looked for among the originals, as
 `pumit-data duplicates --leakage` does. Precision: of all pairs of an original and a copy that were found,
-those of one image. Among the negatives are other sequences of one person, neighbouring time points, frames of
-a clip, halves of one body and all else. Time points and frames count here as if they lay in files of their
-own; in a corpus those of one file are never compared. Where `../shared/data` lies beside the checkout its
-larger images are used, otherwise the samples. The peer is the difference hash of the middle slice (64 bits, up
-to 10 different), over all pairs.
+those of one image. Of a file with several volumes or frames the first is encoded again; the next two are among
+the negatives, as are other sequences of one person, halves of one body and all else. Where `../shared/data`
+lies beside the checkout its larger images are used, otherwise the samples. The peer is the difference hash of
+the middle slice (64 bits, up to 10 different), over all pairs.
 
 Scaling: features of random smooth pictures, with one in ten of them planted twice.
 """
@@ -39,7 +38,7 @@ from PIL import Image
 from catalog.duplicates.align import blurred
 from catalog.duplicates.pictures import LEVELS, SLAB_SIDE, pack
 from catalog.duplicates.search import Images, exact_groups, near_pairs
-from ingest.features import features
+from ingest.features import Features, features
 from ingest.glance import as_source, glance_file, survey
 from ingest.image import Normalised, normalise
 from ingest.reasons import ExcludedImage, FailedImage
@@ -50,29 +49,43 @@ from ingest.volume import Volume
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOAL_RECALL, GOAL_PRECISION, GOAL_SHARE = 0.95, 0.99, 0.03
 VOLUMES_OF_A_FILE = 3
-SMALL = 24
-"""An image of fewer voxels along an axis in-plane, or of fewer than 8 slices, is counted apart."""
+SMALL = 40
+"""A volume of fewer rows or columns, or of fewer than 8 slices, has a small grid and is counted apart."""
 DIFFERENT_BITS = 10
 
 Voxels = npt.NDArray[Any]
 
 
+class Known(NamedTuple):
+    """What is kept of an image: its voxels would not all fit into memory."""
+
+    features: Features
+    hash: int
+    """Difference hash."""
+    shape: tuple[int, ...]
+
+
 class Original(NamedTuple):
     name: str
-    source: ImageSource
-    image: Normalised
+    file: str
+    image: Known
 
 
 class Copy(NamedTuple):
     original: int
     kind: str
-    image: Normalised
+    image: Known
 
 
-def originals(quick: bool) -> list[Original]:
+def known_of(image: Normalised) -> Known:
+    return Known(image.features, difference_hash(image), image.voxels.shape)
+
+
+def images_and_copies(quick: bool) -> tuple[list[Original], list[Copy]]:
     shared = REPOSITORY.parent / "shared" / "data"
     root = REPOSITORY / "samples" if quick or not shared.is_dir() else shared
-    found = []
+    known: list[Original] = []
+    made: list[Copy] = []
     for glance in survey(root).images:
         source = as_source(root, glance, dataset="benchmark", key=glance.name)
         try:
@@ -80,13 +93,17 @@ def originals(quick: bool) -> list[Original]:
         except FailedImage as error:
             print(f"not used: {error.message}", file=sys.stderr)
             continue
-        found += [Original(image.row["key"], source, image) for image in images[:VOLUMES_OF_A_FILE]]
-    return found
+        for place, image in enumerate(images[:VOLUMES_OF_A_FILE]):
+            if place == 0:
+                made += copies(len(known), source, image, quick)
+            known.append(Original(image.row["key"], source.path, known_of(image)))
+        print(f"{glance.name}: {len(made)} copies", file=sys.stderr, flush=True)
+    return known, made
 
 
-def copies(number: int, original: Original, quick: bool) -> Iterator[Copy]:
+def copies(number: int, source: ImageSource, image: Normalised, quick: bool) -> Iterator[Copy]:
     """The image in other sizes, directions, crops, windows and formats, and in combinations of them."""
-    row, voxels = original.image.row, original.image.voxels
+    row, voxels = image.row, image.voxels
     solid = row["spacing_z"] is not None
     rng = np.random.default_rng(number)
     for kind, changed, factor in variants(voxels, solid, rng, quick):
@@ -101,18 +118,18 @@ def copies(number: int, original: Original, quick: bool) -> Iterator[Copy]:
             slice_axis=0 if solid else None,
         )
         try:
-            yield Copy(number, kind, normalise(volume, original.source))
+            yield Copy(number, kind, known_of(normalise(volume, source)))
         except ExcludedImage as error:
-            print(f"{original.name}, {kind}: {error.reason}", file=sys.stderr)
+            print(f"{source.path}, {kind}: {error.reason}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         for kind, file in written(Path(folder), voxels, row, solid):
             glance = glance_file(file)
             if glance is None:
                 raise RuntimeError(f"{file} is not known as an image")
-            source = as_source(file.parent, glance, dataset="benchmark", key=kind)
-            yield from (
-                Copy(number, kind, image) for image in images_of(source) if isinstance(image, Normalised)
-            )
+            again = as_source(file.parent, glance, dataset="benchmark", key=kind)
+            for found in images_of(again):
+                if isinstance(found, Normalised):
+                    yield Copy(number, kind, known_of(found))
 
 
 def variants(
@@ -198,8 +215,7 @@ def difference_hash(image: Normalised) -> int:
 
 
 def quality(quick: bool) -> list[dict[str, Any]]:
-    known = originals(quick)
-    made = [copy for number, original in enumerate(known) for copy in copies(number, original, quick)]
+    known, made = images_and_copies(quick)
     same = {number: identity(known, number) for number in range(len(known))}
     print(f"{len(known)} images, {len(made)} copies of them", file=sys.stderr)
     with Images() as images:
@@ -207,14 +223,14 @@ def quality(quick: bool) -> list[dict[str, Any]]:
         images.add(
             [image.features.voxel_hash for image in everything],
             [image.features.pictures for image in everything],
-            map(str, range(len(everything))),
+            [original.file for original in known] + [f"copy {number}" for number in range(len(made))],
         )
         side = np.arange(len(everything)) >= len(known)
         pairs = dict(near_pairs(images, lambda *_: None, side))
         for group in exact_groups(images):
             here, there = group[~side[group]].tolist(), group[side[group]].tolist()
             pairs |= {(first, second): 1.0 for first in here for second in there}
-    hashes = [difference_hash(image) for image in everything]
+    hashes = [image.hash for image in everything]
     theirs = {
         (first, len(known) + second)
         for first in range(len(known))
@@ -229,7 +245,7 @@ def quality(quick: bool) -> list[dict[str, Any]]:
         for kind in (
             "overall",
             copy.kind,
-            *(["grids below 24 x 24 or 8 slices"] if small else ["all other grids"]),
+            *(["small grids"] if small else ["all other grids"]),
         ):
             found[kind].append((pair in pairs, pair in theirs))
     for kind, hits in found.items():
@@ -260,8 +276,8 @@ def identity(known: list[Original], number: int) -> str:
     return known[number].image.features.voxel_hash.hex()
 
 
-def is_small(image: Normalised) -> bool:
-    _, depth, height, width = image.voxels.shape
+def is_small(image: Known) -> bool:
+    _, depth, height, width = image.shape
     return min(height, width) < SMALL or 1 < depth < 8
 
 

@@ -41,17 +41,29 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 OWN = """
 - id: copies
   title: The same images in other forms
+  folder: copies
   private_names: false
-  sources:
-    - glob: "{case}.nii.gz"
+  images:
+    - globs: ["*.nii.gz"]
       format: nifti
       dimension: 3
+      path: '(?P<name>\\w+)\\.nii\\.gz'
+      key: "{name}"
       modality: MRI
-    - glob: "{case}.png"
+    - globs: ["*.png"]
       format: raster
       dimension: 2
+      path: '(?P<name>\\w+)\\.png'
+      key: "{name}"
       modality: XR
 """
+
+
+def pumit(*arguments: str, code: int = 0) -> str:
+    """What the command prints."""
+    called = run("pumit-data", *arguments)
+    assert called.returncode == code, called.stderr
+    return called.stdout
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -79,11 +91,11 @@ def seen(voxels: np.ndarray) -> np.ndarray:
 # features ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.just(1), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
     seed=st.integers(0, 2**32 - 1),
-    largest=st.sampled_from([1, 200, 60_000, 2**31 - 1]),
+    largest=st.sampled_from([1, 200, 60_000, 2**22]),
     offset=st.integers(-5000, 5000),
     step=st.integers(1, 5),
 )
@@ -204,7 +216,7 @@ def test_of_two_files_with_time_series_volumes_pair_off(samples: Path) -> None:
 
 
 def test_crowded_buckets_take_time_in_proportion_to_their_size() -> None:
-    count = 20_000
+    count = 5_000
     crowd = Codes(np.arange(count), np.full(count, 7, np.uint32), np.zeros(count, np.uint32))
     with Candidates() as candidates:
         candidates.add(crowd)
@@ -263,7 +275,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     retina = Image.open(samples / "fundus" / "scikit-image" / "retina.jpg")
     retina.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(copies / "retina.png")
     for dataset in ("sample", "copies"):
-        run("ingest", dataset, "--raw", str(raw), "--data", str(folder / "data"), "--workers", "1")
+        pumit("ingest", dataset, "--raw", str(raw), "--data", str(folder / "data"), "--workers", "1")
     return raw, folder / "data"
 
 
@@ -283,8 +295,7 @@ PLANTED = {
 
 def test_planted_duplicates_are_found_and_recorded(corpus: Corpus, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    called = run("duplicates", "--data", str(corpus.root), "--json", "--html", str(page))
-    told = json.loads(called.stdout)
+    told = json.loads(pumit("duplicates", "--data", str(corpus.root), "--json", "--html", str(page)))
     assert (told["images"], told["groups"], told["superfluous"]) == (36, 4, 4)
     assert told["by_datasets"] == [{"dataset": "copies", "other": "sample", "groups": 4, "images": 8}]
     groups = load_groups(corpus)
@@ -303,16 +314,16 @@ def test_planted_duplicates_are_found_and_recorded(corpus: Corpus, tmp_path: Pat
     assert text.count("data:image/webp") == 8
     assert len(text) < 5_000_000
     before = corpus.duplicates_file.read_bytes()
-    run("duplicates", "--data", str(corpus.root), "--csv")
+    pumit("duplicates", "--data", str(corpus.root), "--csv")
     assert corpus.duplicates_file.read_bytes() == before
     report = tmp_path / "report.html"
-    run("report", "--data", str(corpus.root), "--output", str(report))
+    pumit("report", "--data", str(corpus.root), "--output", str(report))
     assert 'id="duplicates"' in report.read_text()
 
 
 def test_a_dry_run_records_nothing(corpus: Corpus) -> None:
-    called = run("duplicates", "--data", str(corpus.root), "--dry-run", "--exact-only")
-    assert "1 groups of duplicates" in called.stdout
+    printed = pumit("duplicates", "--data", str(corpus.root), "--dry-run", "--exact-only")
+    assert "1 groups of duplicates" in printed
     assert not corpus.duplicates_file.exists()
     assert load_groups(corpus) is None
 
@@ -336,7 +347,7 @@ def test_an_older_corpus_gets_its_features_from_the_shards(corpus: Corpus) -> No
     for name, kept in (("sample", 5), ("copies", 0)):
         part = read_table(corpus.features_file(name), "").slice(0, kept)
         publish(corpus, name, [features_file(corpus, name, [part])])
-    with pytest.raises(SetupError, match="27 images.*have no features.*pumit-data duplicates"):
+    with pytest.raises(SetupError, match=r"4 images.* have no features.*pumit-data duplicates"):
         find_groups(corpus, quiet)
     ensure_features(corpus, quiet)
     assert {name: corpus.features_file(name).read_bytes() for name in corpus.datasets()} == whole
@@ -384,8 +395,8 @@ def test_leakage_into_a_dataset_a_folder_and_an_archive(
     noise = np.random.default_rng(0).integers(0, 255, (2, 64, 64), np.uint8)
     archive = tmp_path / "chestmnist_64.npz"
     np.savez(archive, train_images=np.stack(small), test_images=noise, train_labels=np.zeros(2))
-    called = run("duplicates", "--data", str(corpus.root), "--leakage", str(archive), "--json", code=1)
-    told = json.loads(called.stdout)
+    printed = pumit("duplicates", "--data", str(corpus.root), "--leakage", str(archive), "--json", code=1)
+    told = json.loads(printed)
     assert (told["evaluation_images"], told["evaluation_images_found"]) == (4, 2)
     assert {(leak["evaluation"], leak["key"]) for leak in told["leaks"]} == {
         ("chestmnist_64.npz:train:0", "ml-workgroup-1479fa94-chest"),

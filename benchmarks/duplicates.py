@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import sys
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 
 # This file's own folder comes first otherwise, and holds a file called `catalog`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# As Dask sets it for the workers of an ingest: idle threads of BLAS would count as CPU time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import cv2
 import numpy as np

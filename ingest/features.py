@@ -84,7 +84,10 @@ def voxel_hash(voxels: Voxels, slope: float, intercept: float) -> bytes:
     lowest, highest = (int(voxels.min()), int(voxels.max())) if whole else (0, 0)
     step = _common_step(voxels, lowest) if whole else 1
     kind = np.dtype(_unsigned((highest - lowest) // step) if whole else "<f4")
-    scale = [f"{value:.{_SIGNIFICANT_DIGITS}g}" for value in (slope * step * (highest > lowest), slope * lowest + intercept)]
+    scale = [
+        f"{value:.{_SIGNIFICANT_DIGITS}g}"
+        for value in (slope * step * (highest > lowest), slope * lowest + intercept)
+    ]
     digest = hashlib.blake2b(f"{kind.str} {voxels.shape} {scale if whole else ''}\0".encode(), digest_size=16)
     is_small = voxels.size * kind.itemsize <= _WHOLE_BYTES
     for part in _parts(voxels):

@@ -89,10 +89,11 @@ def ensure_features(corpus: Corpus, progress: Callable[[str, int, int], None]) -
         if not (count := missing_features(corpus, dataset)):
             continue
         if corpus.origin is not None:
+            file = corpus.name_of(corpus.features_file(dataset))
             raise SetupError(
                 f"{dataset}: {count} images in {corpus.place} have no features, for an earlier version of "
-                "PUMIT-data ingested them. Copy the corpus to a folder, type `pumit-data duplicates` "
-                f"there, and copy {corpus.name_of(corpus.features_file(dataset))} and then the manifest beside it back."
+                "PUMIT-data ingested them. Copy the corpus to a folder, type `pumit-data duplicates` there, "
+                f"and copy {file} and then the manifest beside it back."
             )
         with Journal(corpus, dataset).lock():
             settle(corpus, dataset)

@@ -127,7 +127,7 @@ def _placed(a: Floats, b: Floats, start: Placement) -> Placement:
                 columns = columns.transpose(0, 2, 1)
                 seen = (rows_inside[:, :, None] & columns_inside[:, None, :]).astype(np.float32)
                 source = smooth_b[:, number]
-                moved: Floats = rows @ source @ columns
+                moved: Floats = np.asarray(rows @ source @ columns, np.float32)
                 moved = (moved - _mean(moved, seen)) * seen
                 norm = _norm(moved)
                 x = _standardised(smooth_a[:, number], seen)
@@ -158,7 +158,7 @@ def _fine_agreement(a: Floats, b: Floats, placement: Placement) -> Floats:
         columns, columns_inside = _interpolation(placement.shift[:, across], placement.scale[:, across], side)
         seen = (rows_inside[:, :, None] & columns_inside[:, None, :]).astype(np.float32)
         x: Floats = a[:, number]
-        y: Floats = rows @ b[:, number] @ columns.transpose(0, 2, 1)
+        y: Floats = np.asarray(rows @ b[:, number] @ columns.transpose(0, 2, 1), np.float32)
         # What lies outside counts as the mean, so that the blur sees no edge there.
         x, y = (x - _mean(x, seen)) * seen, (y - _mean(y, seen)) * seen
         x, y = (_standardised(picture - blurred(picture, _FINE), seen) for picture in (x, y))

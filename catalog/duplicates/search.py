@@ -126,7 +126,8 @@ def near_pairs(
                 found |= dict.fromkeys(_star(group, table["source"], side), 1.0)
         pairs = [np.empty((0, 2), np.int64), *candidates.pairs(table["source"], side)]
     compared = np.concatenate(pairs)
-    found |= _agreeing(images, compared, progress, united=side is None)
+    agreeing = _agreeing(images, compared, progress, united=side is None)
+    found |= agreeing if side is None else _with_those_alike(agreeing, alike, side)
     return _best_of_sources(images, found)
 
 
@@ -253,6 +254,24 @@ def _best_of_sources(images: Images, pairs: Pairs) -> Pairs:
         for (first, second), score in sorted(pairs.items())
         if is_mutual(first, second) and is_mutual(second, first)
     }
+
+
+def _with_those_alike(
+    pairs: Pairs, alike: Iterable[npt.NDArray[np.int64]], side: npt.NDArray[np.bool_]
+) -> Pairs:
+    """Also the pairs of images for which another of their side stood: each with the partner of that one."""
+    stood_for = {
+        int(members[0]): members[1:].tolist()
+        for group in alike
+        for members in (group[side[group]], group[~side[group]])
+        if len(members) > 1
+    }
+    found = dict(pairs)
+    for (first, second), score in pairs.items():
+        for image, other in ((first, second), (second, first)):
+            for twin in stood_for.get(image, ()):
+                found[min(twin, other), max(twin, other)] = score
+    return found
 
 
 def _star(

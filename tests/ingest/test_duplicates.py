@@ -215,6 +215,18 @@ def test_of_two_files_with_time_series_volumes_pair_off(samples: Path) -> None:
         assert near_pairs(images, quiet).keys() == {(0, 3), (1, 4), (2, 5)}
 
 
+def test_an_evaluation_set_may_hold_an_image_several_times(samples: Path) -> None:
+    image = radiograph(samples)
+    copied = seen(image[..., 30:-20, 20:-10])[0]
+    known = [(bytes([n]) * 16, seen(one)[0], f"corpus {n}") for n, one in enumerate((image, image[..., ::-1]))]
+    twice = [(bytes([10 + n]) * 16, copied, f"evaluation {n}") for n in range(3)]
+    with images_of(*known, *twice) as images:
+        side = np.array([False, False, True, True, True])
+        found = near_pairs(images, quiet, side)
+        assert {first for first, _ in found} == {0, 1}
+        assert {second for _, second in found} == {2, 3, 4}
+
+
 def test_crowded_buckets_take_time_in_proportion_to_their_size() -> None:
     count = 5_000
     crowd = Codes(np.arange(count), np.full(count, 7, np.uint32), np.zeros(count, np.uint32))

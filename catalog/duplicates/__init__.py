@@ -14,6 +14,16 @@ from catalog.query import load_dataset, read_batches, read_table, remedy_of
 from catalog.schema import DUPLICATES_SCHEMA
 from catalog.write import write_table
 
+__all__ = [
+    "DUPLICATES_SCHEMA",
+    "REMEDY",
+    "load_groups",
+    "missing_features",
+    "recorded_digest",
+    "superfluous",
+    "write_groups",
+]
+
 REMEDY = "Type `pumit-data duplicates`, which writes it anew."
 
 

@@ -8,6 +8,9 @@ PRESET ?= tiny
 RUN ?= runs/$(PRESET)
 DEMO := demo
 STAMP := $(VENV)/.installed
+JOBS ?= 2
+# Files of tests share costly fixtures, so each runs in one process; threads beside them would only compete.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ingest stats train check test test-slow bench clean
@@ -50,10 +53,10 @@ check: $(STAMP)  ## lint, format, types, import contract
 	$(BIN)/lint-imports
 
 test: check  ## check, then the test suite (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-slow: $(STAMP)  ## what takes longer (under 40 minutes on 2 cores)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 bench: $(STAMP)  ## run the benchmarks against their peers; figures go to build/benchmarks/
 	@mkdir -p build/benchmarks

@@ -694,6 +694,76 @@ def _proposed(found: Diagnosis, exclude: list[str], known: list[str]) -> list[tu
     return proposals
 
 
+def duplicates(
+    data_dir: DataOption = Path("data"),
+    leakage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER_OR_ID",
+            help="Compare with an evaluation set instead: a dataset's id, another corpus, raw images, or .npz.",
+            show_default=False,
+        ),
+    ] = None,
+    exact_only: Annotated[
+        bool, typer.Option("--exact-only", help="Equal values only, no other sizes, crops, flips or windows.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="Also write a page of groups with pictures.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do not record the groups in the corpus.")] = False,
+    as_csv: CsvOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find images that occur twice, within datasets and across them, and record which one of each to keep.
+
+    With --leakage nothing is recorded, and the exit code is 1 if the evaluation set shares images with the
+    corpus.
+    """
+    from catalog.duplicates import state_of, write_groups
+    from catalog.duplicates.groups import as_json as groups_as_json
+    from catalog.duplicates.groups import find_groups
+    from catalog.duplicates.tables import render, render_leaks
+    from catalog.output import batches_of, write_csv
+    from catalog.remote import features_copy
+    from catalog.report.duplicates import write_duplicates_page
+    from ingest.backfill import ensure_features
+    from ingest.leakage import find_leaks
+
+    _one_format({"--json": as_json, "--csv": as_csv})
+    if leakage is not None and (html is not None or as_csv):
+        raise SetupError("--leakage prints a table, or JSON: it goes with neither --html nor --csv.")
+    with features_copy(data_dir) as corpus, _count_bar() as show:
+        ensure_features(corpus, show)
+        if leakage is not None:
+            leaks = find_leaks(corpus, leakage, show, exact_only=exact_only)
+        else:
+            state = state_of(corpus)
+            found = find_groups(corpus, show, exact_only=exact_only)
+            if not dry_run:
+                write_groups(corpus, found.table(), state)
+        if html is not None:
+            with _writing(html):
+                write_duplicates_page(corpus, found, html)
+    if leakage is not None:
+        _print_json(leaks.as_json()) if as_json else render_leaks(leaks.as_json(), _console())
+        if leaks.leaks:
+            raise typer.Exit(SOME_FAILED)
+        return
+    if as_json:
+        _print_json(groups_as_json(found))
+    elif as_csv:
+        write_csv(batches_of(found.table()), sys.stdout.buffer)
+    else:
+        render(found, _console())
+        if html is not None:
+            _print(f"Page: {html}")
+        if not dry_run:
+            _print(f"Recorded: {data_dir / 'catalog' / corpus.duplicates_file.name}")
+
+
 @data.command()
 def query(
     sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over the table `images`.")],
@@ -1360,6 +1430,23 @@ def _reading(path: Path) -> Iterator[None]:
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or error
         raise SetupError(f"{path} cannot be read: {what}. Name another file.") from error
+
+
+@contextmanager
+def _count_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on the terminal; yields what to call with (what is done, how many, of how many or 0)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=_console(stderr=True)) as bars:
+        known: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=None)
+            bars.update(known[what], completed=done, total=total or None)
+
+        yield show
 
 
 @contextmanager

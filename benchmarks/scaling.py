@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 
 import ingest.found
 from catalog.corpus import Corpus
-from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA
+from catalog.schema import CATALOG_SCHEMA, FEATURES_SCHEMA, PREVIEW_SCHEMA
 from catalog.split import hold_out
 from catalog.write import merge_batches
 from ingest.cluster import DaskPool, open_client
@@ -332,7 +332,7 @@ def commit_rows(sizes: list[int]) -> Iterator[dict[str, Any]]:
             yield row(f"merge into {size:,} rows", ours, "whole tables", whole_tables(corpus, size), "s")
 
 
-def made_up_rows(start: int, version: int) -> tuple[pa.Table, pa.Table, list[str]]:
+def made_up_rows(start: int, version: int) -> tuple[pa.Table, pa.Table, pa.Table, list[str]]:
     keys = [f"patient{number:08d}/image" for number in range(start, start + NEW_ROWS)]
     given: dict[str, Any] = {
         "dataset": ["many"] * NEW_ROWS,
@@ -352,11 +352,11 @@ def made_up_rows(start: int, version: int) -> tuple[pa.Table, pa.Table, list[str
     rows = pa.table([given.get(name, empty) for name in CATALOG_SCHEMA.names], names=CATALOG_SCHEMA.names)
     pictures = pa.array([os.urandom(64) * 32] * NEW_ROWS)
     previews = pa.table([given["dataset"], keys, pictures], schema=PREVIEW_SCHEMA)
-    return rows.cast(CATALOG_SCHEMA), previews, given["source_path"]
+    return rows.cast(CATALOG_SCHEMA), previews, FEATURES_SCHEMA.empty_table(), given["source_path"]
 
 
 def whole_tables(corpus: Corpus, size: int) -> float:
-    rows, previews, _ = made_up_rows(size // 2, 3)
+    rows, previews, _, _ = made_up_rows(size // 2, 3)
     start = time.perf_counter()
     for path, new in ((corpus.catalog_file("many"), rows), (corpus.preview_file("many"), previews)):
         old = pq.read_table(path, partitioning=None, page_checksum_verification=True).cast(new.schema)

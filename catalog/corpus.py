@@ -43,7 +43,8 @@ class Corpus:
         return path.relative_to(self.origin).as_posix()
 
     def published(self, path: Path) -> Location:
-        """Where a file of the corpus lies that is not copied from a store: previews, of which few are read."""
+        """Where a file of the corpus lies that is not copied from a store: previews and features, rarely
+        read."""
         return path if self.origin is None else self.origin / self.name_of(path)
 
     @property
@@ -57,6 +58,9 @@ class Corpus:
     def preview_file(self, dataset: str) -> Path:
         return self.root / "catalog" / f"dataset={dataset}" / "previews.parquet"
 
+    def features_file(self, dataset: str) -> Path:
+        return self.root / "catalog" / f"dataset={dataset}" / "features.parquet"
+
     def manifest_file(self, dataset: str) -> Path:
         return self.root / "catalog" / f"dataset={dataset}" / "manifest.sha256"
 
@@ -66,6 +70,11 @@ class Corpus:
 
     def split_file(self, dataset: str) -> Path:
         return self.root / "splits" / f"{dataset}.parquet"
+
+    def files(self, dataset: str) -> tuple[Path, Path, Path, Path]:
+        """What a dataset's manifest tells of: catalog, previews, features and split."""
+        beside = (self.preview_file(dataset), self.features_file(dataset))
+        return (self.catalog_file(dataset), *beside, self.split_file(dataset))
 
     @property
     def index_file(self) -> Path:
@@ -78,6 +87,11 @@ class Corpus:
 
     def mix_file(self, name: str) -> Path:
         return self.root / "mixes" / f"{name}.yaml"
+
+    @property
+    def duplicates_digest_file(self) -> Path:
+        """The sha256 of `duplicates_file`."""
+        return self.root / "catalog" / "duplicates.sha256"
 
     def datasets(self) -> list[str]:
         """Ids of the datasets that have a catalog file, sorted."""

@@ -1,6 +1,8 @@
-"""What a dataset's published files must hash to: catalog, previews and split, in one small file beside them.
+"""What a dataset's published files must hash to: catalog, previews, features and split, in one small file
+beside them.
 
     # pumit-data manifest 1
+    <sha256>  catalog/dataset=amos/features.parquet
     <sha256>  catalog/dataset=amos/images.parquet
     <sha256>  catalog/dataset=amos/previews.parquet
     <sha256>  splits/amos.parquet
@@ -8,7 +10,7 @@
 
 Paths are relative to the corpus, so that `sha256sum -c` there reads it too. The hashes of the shards are a
 column of the catalog: the manifest vouches for the catalog, the catalog for the voxels. So a manifest has
-three lines for ten million images, and no rename can part a row from the hash of its voxels.
+four lines for ten million images, and no rename can part a row from the hash of its voxels.
 
 Several files cannot be replaced by one rename. `publish` therefore first writes down, as the next manifest,
 what they are about to become. Until that takes the place of the manifest, a file may be as either says; what

@@ -26,6 +26,7 @@ from catalog.store import Location, RemotePath, StoreError
 MIRRORED = ("catalog", "splits", "mixes")
 """Folders of a corpus that are copied."""
 
+_LEFT_THERE = ("/previews.parquet", "/features.parquet")
 _ETAGS_FILE = ".etags.json"
 _ROUNDS = 5
 """So often a copy is begun anew because a writer was faster."""
@@ -34,8 +35,8 @@ _ROUNDS = 5
 def open_corpus(place: Location) -> Corpus:
     """The corpus in a folder or an object store, to read from.
 
-    Previews are not copied: who wants one reads it where it lies. Copies lie below `$XDG_CACHE_HOME`, in a
-    folder for each URL, and may be deleted at any time.
+    Previews and features are not copied: who wants them reads them where they lie. Copies lie below
+    `$XDG_CACHE_HOME`, in a folder for each URL, and may be deleted at any time.
 
     Raises StoreError if the store does not answer or denies access, SetupError if the copies have no place.
     """
@@ -43,7 +44,7 @@ def open_corpus(place: Location) -> Corpus:
         return Corpus(place)
     folder = local_folder(place, "XDG_CACHE_HOME", "~/.cache")
     with _alone(folder):
-        update_copy(place, folder, lambda name: not name.endswith("/previews.parquet"))
+        update_copy(place, folder, lambda name: not name.endswith(_LEFT_THERE))
     return Corpus(folder, origin=place)
 
 
@@ -56,6 +57,25 @@ def whole_copy(place: Location) -> Iterator[Corpus]:
     with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
         update_copy(place, Path(folder), lambda name: True)
         yield Corpus(Path(folder), origin=place)
+
+
+@contextmanager
+def features_copy(place: Location) -> Iterator[Corpus]:
+    """As `open_corpus`, with all features at hand; what is recorded of duplicates goes back to the store."""
+    if isinstance(place, Path):
+        yield Corpus(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="pumit-data-") as folder:
+        update_copy(place, Path(folder), lambda name: not name.endswith("/previews.parquet"))
+        corpus = Corpus(Path(folder), origin=place)
+        recorded = (corpus.duplicates_file, corpus.duplicates_digest_file)
+        before = [file.stat().st_mtime_ns if file.is_file() else None for file in recorded]
+        yield corpus
+        after = [file.stat().st_mtime_ns if file.is_file() else None for file in recorded]
+        if after != before:
+            (place / corpus.name_of(recorded[1])).unlink()
+            for file in recorded:
+                (place / corpus.name_of(file)).write(file)
 
 
 def local_folder(place: RemotePath, variable: str, default: str) -> Path:

@@ -101,6 +101,40 @@ PREVIEW_SCHEMA = pa.schema(
 )
 """The sibling of the catalog that holds pictures, so that the catalog itself stays small."""
 
+FEATURES_SCHEMA = pa.schema(
+    [
+        _column("dataset", _TEXT, "id of the dataset", required=True),
+        _column("key", _TEXT, "key of the image in the catalog", required=True),
+        _column("features_version", _INT, "version of the rules that made them", required=True),
+        _column(
+            "voxel_hash",
+            pa.binary(16),
+            "equal for equal shape and real values, whatever the dtype",
+            required=True,
+        ),
+        _column(
+            "pictures",
+            pa.binary(),
+            "16 grey levels, two cells a byte: 48 x 48 of a 2-D image, 3 x 32 x 32 of slabs through a volume",
+            required=True,
+        ),
+    ],
+    metadata={"pumit_schema_version": str(SCHEMA_VERSION)},
+)
+"""The sibling that holds what an image is found again by: a search for duplicates reads nothing else of it."""
+
+DUPLICATES_SCHEMA = pa.schema(
+    [
+        _column("group", pa.int64(), "number of the group, from 0", required=True),
+        _column("dataset", _TEXT, "id of the dataset", required=True),
+        _column("key", _TEXT, "key of the image in the catalog", required=True),
+        _column("kind", _TEXT, "exact: another of the group has the same values | near", required=True),
+        _column("kept", pa.bool_(), "the one member that trains", required=True),
+    ],
+    metadata={"pumit_schema_version": str(SCHEMA_VERSION)},
+)
+"""One row per image that has a duplicate, sorted by group, dataset and key."""
+
 
 _PAGE = """\
 # The catalog
@@ -125,6 +159,24 @@ Types are those of Arrow; a type with `not null` always has a value.
 | column | type | unit | meaning |
 | --- | --- | --- | --- |
 {previews}
+
+## Features
+
+`catalog/dataset=ID/features.parquet` holds what `pumit-data duplicates` compares of the ingested images.
+Images of an earlier version of PUMIT-data may lack there, until that command adds them.
+
+| column | type | unit | meaning |
+| --- | --- | --- | --- |
+{features}
+
+## Duplicates
+
+`catalog/duplicates.parquet` holds what the last `pumit-data duplicates` found: a row for each image that has a
+duplicate. `duplicates.sha256` beside it is its checksum, as `sha256sum -c` reads it in the corpus.
+
+| column | type | unit | meaning |
+| --- | --- | --- | --- |
+{duplicates}
 
 ## Reading it
 
@@ -170,10 +222,14 @@ frame = duckdb.sql("FROM read_parquet('corpus/catalog/*/images.parquet', hive_pa
 
 def page() -> str:
     """docs/catalog.md."""
-    columns, previews = (
-        "\n".join(_line(field) for field in schema) for schema in (CATALOG_SCHEMA, PREVIEW_SCHEMA)
-    )
-    return _PAGE.format(version=SCHEMA_VERSION, columns=columns, previews=previews)
+    schemas = {
+        "columns": CATALOG_SCHEMA,
+        "previews": PREVIEW_SCHEMA,
+        "features": FEATURES_SCHEMA,
+        "duplicates": DUPLICATES_SCHEMA,
+    }
+    tables = {name: "\n".join(map(_line, schema)) for name, schema in schemas.items()}
+    return _PAGE.format(version=SCHEMA_VERSION, **tables)
 
 
 def _line(field: pa.Field) -> str:

@@ -15,13 +15,14 @@ from catalog.durable import replacing
 from catalog.manifest import NewFile, publish, refuse_damaged
 from catalog.merge import SortedRuns, merged
 from catalog.query import read_batches, remedy_of
-from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA
+from catalog.schema import CATALOG_SCHEMA, FEATURES_SCHEMA, PREVIEW_SCHEMA
 from catalog.scratch import NameSet
 
 Rows: TypeAlias = "pa.Table | Sequence[Mapping[str, Any]]"
 
 _GROUP_ROWS = 1 << 16
 _PREVIEW_GROUP_ROWS = 1 << 10
+_FEATURES_GROUP_ROWS = 1 << 13
 _PREVIEWS_HELD = 1 << 13
 _BATCH_ROWS = 1 << 13
 
@@ -29,43 +30,55 @@ _VOCABULARY = {"status": ("ingested", "excluded", "failed"), "split": ("train", 
 
 
 def merge_dataset(
-    corpus: Corpus, dataset: str, rows: Rows, previews: Rows, *, reread: Collection[str] = ()
+    corpus: Corpus,
+    dataset: str,
+    rows: Rows,
+    previews: Rows,
+    features: Rows = (),
+    *,
+    reread: Collection[str] = (),
 ) -> None:
-    """Put rows of CATALOG_SCHEMA and previews of PREVIEW_SCHEMA into a dataset's catalog.
+    """Put rows of CATALOG_SCHEMA, previews of PREVIEW_SCHEMA and features of FEATURES_SCHEMA into a catalog.
 
     A row replaces the earlier row of its key. Earlier rows whose source_path is in `reread` all go, whatever
     their keys: a file read again may hold fewer volumes than before, and a file that is gone holds none.
-    Earlier previews go with their rows. Where `rows` are mappings, a column not given is null.
+    Earlier previews and features go with their rows. Where `rows` are mappings, a column not given is null.
 
     The files are sorted by key, and equal content gives equal bytes. Only one process may write a dataset at
-    a time. The previews are replaced first: a crash in between leaves a catalog whose every row is right,
-    some beside a newer picture.
+    a time. Previews and features are replaced first: a crash in between leaves a catalog whose every row is
+    right, some beside a newer picture.
 
     Raises ValueError if a row breaks the schema, comes twice or is of another dataset, or a preview has no
     row; SetupError if the earlier file is damaged; OSError if the disk is full (the earlier files stay).
     """
-    merge_batches(corpus, dataset, [(rows, previews, reread)])
+    merge_batches(corpus, dataset, [(rows, previews, features, reread)])
 
 
-def merge_batches(corpus: Corpus, dataset: str, batches: Iterable[tuple[Rows, Rows, Collection[str]]]) -> None:
-    """As `merge_dataset`, of (rows, previews, reread) in any number of parts: memory does not grow with it."""
-    file, pictures_file = corpus.catalog_file(dataset), corpus.preview_file(dataset)
+def merge_batches(
+    corpus: Corpus, dataset: str, batches: Iterable[tuple[Rows, Rows, Rows, Collection[str]]]
+) -> None:
+    """As `merge_dataset`, of (rows, previews, features, reread) in any number of parts.
+
+    Memory does not grow with them.
+    """
+    file = corpus.catalog_file(dataset)
+    siblings = ((preview_file, PREVIEW_SCHEMA), (features_file, FEATURES_SCHEMA))
     file.parent.mkdir(parents=True, exist_ok=True)
     images = SortedRuns(CATALOG_SCHEMA, file.parent, _GROUP_ROWS)
-    pictures = SortedRuns(PREVIEW_SCHEMA, file.parent, _PREVIEWS_HELD)
+    runs = [SortedRuns(schema, file.parent, _PREVIEWS_HELD) for _, schema in siblings]
     new_keys, reread_paths = NameSet(), NameSet()
-    for rows, previews, reread in batches:
+    for rows, previews, features, reread in batches:
         new = _conform(dataset, rows, CATALOG_SCHEMA)
         for name, words in _VOCABULARY.items():
             if unknown := set(pc.unique(new[name]).to_pylist()) - set(words):
                 raise ValueError(f"{dataset}: {name} must be one of {words}, got {sorted(unknown)}")
-        new_previews = _conform(dataset, previews, PREVIEW_SCHEMA)
-        if strays := new_previews.filter(pc.invert(pc.is_in(new_previews["key"], new["key"])))[
-            "key"
-        ].to_pylist():
-            raise ValueError(f"{dataset}: previews without a row: {strays[:5]}")
         images.add(new)
-        pictures.add(new_previews)
+        given = {"previews": previews, "features": features}
+        for (name, some), (_, schema), run in zip(given.items(), siblings, runs, strict=True):
+            beside = _conform(dataset, some, schema)
+            if strays := beside.filter(pc.invert(pc.is_in(beside["key"], new["key"])))["key"].to_pylist():
+                raise ValueError(f"{dataset}: {name} without a row: {strays[:5]}")
+            run.add(beside)
         new_keys.add(new["key"].to_pylist())
         reread_paths.add(reread)
 
@@ -84,18 +97,23 @@ def merge_batches(corpus: Corpus, dataset: str, batches: Iterable[tuple[Rows, Ro
     identities = read_batches(file, remedy_of(dataset), ["key", "source_path"])
     for table in identities if file.is_file() else ():
         gone.add(table["key"].filter(reread_paths.mask(table["source_path"])).to_pylist())
-    for path in (file, pictures_file):
+    beside = [(form(corpus, dataset, ()).path, schema) for form, schema in siblings]
+    for path in (file, *(path for path, _ in beside)):
         # A flipped bit must not enter the new file, whose hash would vouch for it.
         refuse_damaged(corpus, dataset, path, remedy_of(dataset))
-    earlier_pictures = (
-        table.filter(pc.invert(gone.mask(table["key"]))) for table in earlier(pictures_file, PREVIEW_SCHEMA)
-    )
+
+    def earlier_beside(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+        return (table.filter(pc.invert(gone.mask(table["key"]))) for table in earlier(path, schema))
+
     rows_now = _without_repeats(dataset, merged([earlier_rows(), images.sorted()]))
     publish(
         corpus,
         dataset,
         [
-            preview_file(corpus, dataset, merged([earlier_pictures, pictures.sorted()])),
+            *(
+                form(corpus, dataset, merged([earlier_beside(path, schema), run.sorted()]))
+                for (form, _), (path, schema), run in zip(siblings, beside, runs, strict=True)
+            ),
             catalog_file(corpus, dataset, rows_now),
         ],
     )
@@ -109,6 +127,11 @@ def catalog_file(corpus: Corpus, dataset: str, images: Iterable[pa.Table]) -> Ne
 def preview_file(corpus: Corpus, dataset: str, pictures: Iterable[pa.Table]) -> NewFile:
     """How a dataset's previews are written: PNG cannot be compressed again, and one is read at a time."""
     return NewFile(corpus.preview_file(dataset), pictures, PREVIEW_SCHEMA, _PREVIEW_GROUP_ROWS, "none")
+
+
+def features_file(corpus: Corpus, dataset: str, features: Iterable[pa.Table]) -> NewFile:
+    """How a dataset's features are written; `features` sorted by key, in any pieces."""
+    return NewFile(corpus.features_file(dataset), features, FEATURES_SCHEMA, _FEATURES_GROUP_ROWS)
 
 
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from catalog.schema import CATALOG_SCHEMA
 from catalog.spacing import da_level, degree_of_anisotropy
+from ingest.features import Features, features
 from ingest.geometry import Layout, axis_codes, direction_cosines, plan_layout, reorder
 from ingest.intensity import (
     LOW_PERCENT,
@@ -66,6 +67,12 @@ class Normalised:
     """The columns of the catalog known from the image: all but split, shard and entry hash."""
     preview: bytes
     """PNG of the mid-planes."""
+    features: Features
+    """What duplicates of it are found by."""
+
+    def beside(self) -> dict[str, Any]:
+        """The columns of the catalog's siblings."""
+        return {"preview": self.preview} | self.features.columns()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +204,7 @@ def _normalise(volume: Volume, source: ImageSource, *, lossless: bool) -> Normal
         "sampling_weight": source.volume_weight(volume.index, volume.count),
     }
     preview = render_preview(stored.voxels, spacing=stored.spacing, window=stored_window, codes=layout.codes)
-    return Normalised(voxels=stored.voxels, row=row, preview=preview)
+    return Normalised(voxels=stored.voxels, row=row, preview=preview, features=features(stored.voxels, row))
 
 
 def _layout(volume: Volume, source: ImageSource) -> Layout:

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from catalog.corpus import Corpus
 from catalog.errors import SetupError
-from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA
+from catalog.schema import CATALOG_SCHEMA, FEATURES_SCHEMA, PREVIEW_SCHEMA
 from catalog.scratch import NameSet, scratch_database
 from catalog.write import merge_batches, write_table
 from ingest.ledger import choose, chosen, update_ledger
@@ -44,7 +44,9 @@ _STAMP_FIELDS = [
     pa.field("stamp_mtime_ns", pa.int64(), nullable=False),
     pa.field("stamp_files", pa.int64(), nullable=False),
 ]
-_RECORD_SCHEMA = pa.schema([*CATALOG_SCHEMA, pa.field("preview", pa.binary()), *_STAMP_FIELDS])
+_BESIDE = [field for schema in (PREVIEW_SCHEMA, FEATURES_SCHEMA) for field in list(schema)[2:]]
+"""Columns of the catalog's siblings; null for an image that is not ingested."""
+_RECORD_SCHEMA = pa.schema([*CATALOG_SCHEMA, *(field.with_nullable(True) for field in _BESIDE), *_STAMP_FIELDS])
 _DONE_COLUMNS = [
     "source_path",
     *(field.name for field in _STAMP_FIELDS),
@@ -174,7 +176,7 @@ class Journal:
         Args:
             run: name of the run.
             task: name of the task; the same task overwrites its own record.
-            rows: catalog rows, each with a `preview` (PNG bytes or None).
+            rows: catalog rows, those of ingested images with their preview and features.
             stamps: per source path, taken before the source was read.
 
         Raises:
@@ -228,8 +230,10 @@ class Journal:
             if entry.name.endswith(".parquet") and not entry.name.startswith(".")
         )
 
-    def _batches(self, database: sqlite3.Connection) -> Iterator[tuple[pa.Table, pa.Table, list[str]]]:
-        """Rows, previews and source paths of the records, some at a time.
+    def _batches(
+        self, database: sqlite3.Connection
+    ) -> Iterator[tuple[pa.Table, pa.Table, pa.Table, list[str]]]:
+        """Rows, previews, features and source paths of the records, some at a time.
 
         Where two records speak of one source, as those of a pack and of its half can, the later by name does.
         """
@@ -314,10 +318,11 @@ class Journal:
         return sorted(path for path in above.iterdir() if path.is_dir()) if above.is_dir() else []
 
 
-def _parts(records: list[pa.Table]) -> tuple[pa.Table, pa.Table, list[str]]:
+def _parts(records: list[pa.Table]) -> tuple[pa.Table, pa.Table, pa.Table, list[str]]:
     table = pa.concat_tables([_RECORD_SCHEMA.empty_table(), *records])
     previews = table.filter(pc.is_valid(table["preview"])).select(PREVIEW_SCHEMA.names)
-    return table.select(CATALOG_SCHEMA.names), previews, table["source_path"].unique().to_pylist()
+    features = table.filter(pc.is_valid(table["pictures"])).select(FEATURES_SCHEMA.names)
+    return table.select(CATALOG_SCHEMA.names), previews, features, table["source_path"].unique().to_pylist()
 
 
 def _wait_until_free(file: Path, message: str) -> None:

@@ -117,7 +117,8 @@ def _publish(corpus: Corpus, place: RemotePath, dataset: str, held: Lease, whole
     everything = whole or unfinished.is_file()  # left by a run that was killed: any file may be its
     if there != _bytes(manifest) or everything:
         known = {} if everything else read_manifest(_base_file(corpus, dataset))
-        names = map(corpus.name_of, (corpus.split_file(dataset), corpus.preview_file(dataset), catalog))
+        beside = (corpus.split_file(dataset), corpus.preview_file(dataset), corpus.features_file(dataset))
+        names = map(corpus.name_of, (*beside, catalog))
         changed = [name for name in names if name in digests and (digests[name] != known.get(name))]
         steps = [(manifest, unfinished)]
         steps += [(corpus.root / name, place / name) for name in changed]
@@ -145,6 +146,7 @@ def _fetch(corpus: Corpus, place: RemotePath, dataset: str) -> None:
     published = [
         corpus.catalog_file(dataset),
         corpus.preview_file(dataset),
+        corpus.features_file(dataset),
         corpus.split_file(dataset),
         corpus.next_manifest_file(dataset),
     ]

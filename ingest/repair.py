@@ -35,6 +35,7 @@ from catalog.manifest import (
 )
 from catalog.scratch import NameSet
 from catalog.store import Location, RemotePath, StoreError
+from ingest.backfill import add_features
 from ingest.discover import dataset_root
 from ingest.findings import Finding, Verification
 from ingest.found import FoundSources
@@ -123,6 +124,9 @@ class _Mender:
             split = self._corpus.split_file(self._dataset)
             if split in lost:
                 problems += self._redraw()
+            features = self._corpus.features_file(self._dataset)
+            if features in lost:
+                features.unlink(missing_ok=True)  # it follows from the arrays
             if lost & {self._corpus.catalog_file(self._dataset), self._corpus.preview_file(self._dataset)}:
                 return self._plan_whole(self._placement()), problems
             self._finish_stopped_run(findings)
@@ -138,6 +142,8 @@ class _Mender:
                 if finding.file.startswith("shards/") and finding.kind in ("damaged", "missing")
             }
             unfit, more = self._rewrite(table, arrays)
+            if features in lost:
+                add_features(self._corpus, self._dataset, but=wrong | unfit)
             return self._plan_rows(table, wrong | unfit), problems + more
 
     def _is_sound_here(self, finding: Finding) -> bool:
@@ -151,9 +157,8 @@ class _Mender:
             return False
         return digest_of(file) in accepted.get(finding.file, set())
 
-    def _files(self) -> tuple[Path, Path, Path]:
-        corpus, dataset = self._corpus, self._dataset
-        return corpus.catalog_file(dataset), corpus.preview_file(dataset), corpus.split_file(dataset)
+    def _files(self) -> tuple[Path, ...]:
+        return self._corpus.files(self._dataset)
 
     def _table(self) -> pa.Table | None:
         from catalog.query import load_catalog
@@ -196,9 +201,10 @@ class _Mender:
 
         from catalog.query import read_table
         from catalog.split import split_file
-        from catalog.write import catalog_file, preview_file
+        from catalog.write import catalog_file, features_file, preview_file
 
-        forms = dict(zip(self._files(), (catalog_file, preview_file, split_file), strict=True))
+        written = (catalog_file, preview_file, features_file, split_file)
+        forms = dict(zip(self._files(), written, strict=True))
         try:
             table = read_table(path, remedy="")
         except SetupError:
@@ -386,7 +392,7 @@ class _Mender:
                 f"{self._dataset}: the catalog is damaged, and {what} not in {where}, so it cannot be made "
                 "anew as it was. Restore its files from a copy, or delete them and ingest what there is."
             )
-        for path in self._files()[:2]:
+        for path in self._files()[:3]:
             path.unlink(missing_ok=True)
         calls: dict[int, list[str]] = defaultdict(list)
         numbers = calls_of(placement) if placement is not None else {}

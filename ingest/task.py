@@ -247,7 +247,7 @@ def images_of(source: ImageSource, *, lossless: bool = False) -> Iterator[Normal
 
     def unfit(outcome: ExcludedImage, index: int | None, count: int, volume: Volume | None) -> dict[str, Any]:
         explained = ExcludedImage(outcome.reason, full_message(outcome))
-        return excluded_row(source, explained, index, count, volume) | {"preview": None}
+        return excluded_row(source, explained, index, count, volume)
 
     try:
         if source.exclude is not None:
@@ -307,7 +307,7 @@ def _failure(source: ImageSource, error: Exception) -> FailedImage:
 def _failed_row(source: ImageSource, outcome: FailedImage) -> dict[str, Any]:
     from ingest.image import excluded_row
 
-    return excluded_row(source, outcome, index=None, count=1, volume=None) | {"preview": None}
+    return excluded_row(source, outcome, index=None, count=1, volume=None)
 
 
 def _volume_rows(task: IngestTask) -> Iterator[dict[str, Any]]:
@@ -332,7 +332,7 @@ def _write_volume(task: IngestTask, image: Normalised) -> dict[str, Any]:
     name = array_name(task.dataset, image.row["key"], _identity(task, [image.row]), task.profile)
     stored = write_volume(task.corpus.shards, name, image.voxels, task.profile)
     return image.row | {
-        "preview": image.preview,
+        **image.beside(),
         "shard_path": stored.path,
         "shard_shape": list(stored.shape),
         "stored_bytes": stored.stored_bytes[0],
@@ -382,7 +382,7 @@ def _write_pack(task: IngestTask, pack: str, images: list[Normalised]) -> Iterat
     stored = write_pack(task.corpus.shards, name, [image.voxels for image in images], task.profile)
     for index, image in enumerate(images):
         yield image.row | {
-            "preview": image.preview,
+            **image.beside(),
             "shard_path": stored.path,
             "shard_shape": list(stored.shape),
             "shard_index": index,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -44,6 +45,7 @@ STATISTICS_TOLERANCE = 1e-9
 processor. All other statistics must agree to the last bit."""
 
 _STATISTICS = ("mean", "std", "median", "min", "max", "p0_5", "p99_5")
+_FEATURE_COLUMNS = ("features_version", "voxel_hash", "pictures")
 _STALE_KEYS_SHOWN = 20
 _COLUMNS = [
     *("key", "status", "reason", "message", "dimension", "source_path", "entry_hash", "normalisation_version"),
@@ -94,6 +96,7 @@ def verify(
             stack.enter_context(_no_ingest(corpus, dataset))
         if datasets is None:
             outcome.findings += _stray_tops(corpus, known)
+            outcome.findings += _duplicates(corpus)
         pool = stack.enter_context(worker_pool(count, processes=deep))
         total = sum(_size_on_disk(corpus, dataset) for dataset in chosen)
         for dataset in chosen:
@@ -180,6 +183,7 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec], overrides: Ov
         work.found(catalog, "damaged", str(error))
         return
     work.amount.rows += table.num_rows
+    table = _with_features(work, table)
     _stale_rows(work, table, specs, overrides)
     if not stopped:
         _stray_arrays(work, set(table["shard_path"].to_pylist()))
@@ -197,11 +201,49 @@ def _verify_dataset(work: _Work, specs: Mapping[str, DatasetSpec], overrides: Ov
             work.found(path / name, "stray", "no file of an array", keys=())
 
 
+def _with_features(work: _Work, table: pa.Table) -> pa.Table:
+    """The rows with a digest of their features, which a deep verification compares; null where they have
+    none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from catalog.duplicates import missing_features
+    from catalog.query import read_batches, remedy_of
+
+    corpus, dataset = work.corpus, work.dataset
+    file = corpus.features_file(dataset)
+    digests = pa.nulls(table.num_rows, pa.binary(16))
+    damaged = any(corpus.root / finding.file == file for finding in work.outcome.findings)
+    if not damaged and (lacking := missing_features(corpus, dataset)):
+        work.outcome.notes.append(
+            f"{dataset}: {lacking} images have no features yet, by which duplicates are found. "
+            "`pumit-data duplicates` adds them."
+        )
+    if work.outcome.deep and not damaged and file.is_file():
+        keys, found = [], []
+        for part in read_batches(file, remedy_of(dataset)):
+            keys += part["key"].to_pylist()
+            columns = (part[name].to_pylist() for name in _FEATURE_COLUMNS)
+            found += [_digest_of_features(*values) for values in zip(*columns, strict=True)]
+        places = pc.index_in(table["key"], pa.array(keys, pa.string()))
+        digests = pa.array(found, pa.binary(16)).take(places)
+    return table.append_column("features", digests)
+
+
+def _digest_of_features(version: int, voxel_hash: bytes, pictures: bytes) -> bytes | None:
+    """Null of another version's, with which nothing here can be compared."""
+    from catalog.duplicates.pictures import FEATURES_VERSION
+
+    if version != FEATURES_VERSION:
+        return None
+    return hashlib.blake2b(voxel_hash + pictures, digest_size=16).digest()
+
+
 def _published_files(work: _Work) -> bool:
     """Compare the files of the manifest; returns whether the catalog may be believed."""
     corpus, dataset = work.corpus, work.dataset
     manifest = corpus.manifest_file(dataset)
-    files = (corpus.catalog_file(dataset), corpus.preview_file(dataset), corpus.split_file(dataset))
+    files = corpus.files(dataset)
     surviving: set[str] = set()
     accepted: dict[str, set[str]] = {}
     published: Collection[str] = ()
@@ -310,6 +352,7 @@ def _stray_tops(corpus: Corpus, known: Collection[str]) -> Iterator[Finding]:
     ours: set[Location] = {corpus.split_file(dataset) for dataset in known}
     ours |= {corpus.shards / dataset_folder(dataset) for dataset in known}
     ours |= {corpus.catalog_file(dataset).parent for dataset in known}
+    ours |= {corpus.duplicates_file, corpus.duplicates_digest_file}
     ours |= {split.parent / f".tmp-{split.name}" for split in ours}  # these are told of with their dataset
     ours |= {corpus.index_file, corpus.duplicates_file}
     folders: list[Location] = [corpus.root / "catalog", corpus.split_file("x").parent, corpus.shards]
@@ -325,10 +368,32 @@ def _look_up(work: _Work) -> None:
         work.found(work.corpus.index_file, "damaged", f"it does not name {work.dataset}")
 
 
+def _duplicates(corpus: Corpus) -> Iterator[Finding]:
+    """What is wrong with the file of duplicates, which belongs to no dataset."""
+    from catalog.duplicates import recorded_digest
+
+    file, name = corpus.duplicates_file, corpus.name_of(corpus.duplicates_file)
+    beside = corpus.name_of(corpus.duplicates_digest_file)
+    remedy = "pumit-data duplicates writes it anew"
+    if not file.is_file():
+        if corpus.duplicates_digest_file.exists():
+            yield Finding("", name, "missing", f"only its checksum, {beside}, is there", remedy)
+        return
+    try:
+        recorded, digest = recorded_digest(corpus), digest_of(file)
+    except OSError as error:
+        yield Finding("", name, "damaged", f"it cannot be read: {error.strerror or error}", remedy)
+        return
+    if recorded is None:
+        yield Finding("", name, "unproven", f"{beside} does not tell its sha256", remedy)
+    elif recorded != digest:
+        yield Finding("", name, "damaged", f"it does not have the sha256 that {beside} tells", remedy)
+
+
 def _stray_files(work: _Work) -> None:
     """What lies in the dataset's folder of the catalog, or as its split, and is no file of a corpus."""
     corpus, dataset = work.corpus, work.dataset
-    files = [corpus.catalog_file(dataset), corpus.preview_file(dataset), corpus.split_file(dataset)]
+    files = corpus.files(dataset)
     manifests = [corpus.manifest_file(dataset), corpus.next_manifest_file(dataset)]
     folder, split = corpus.catalog_file(dataset).parent, corpus.split_file(dataset)
     there = {*(folder.iterdir() if folder.is_dir() else ()), split.with_name(f".tmp-{split.name}")}
@@ -519,6 +584,7 @@ def _reader(shards: Location) -> Reader:
 
 def problems_of_voxels(shards: Location, row: Row) -> list[str]:
     """Read the voxels of a row, and compare the statistics computed from them with those it holds."""
+    from ingest.features import features
     from ingest.intensity import percentile_window, statistics
     from ingest.reasons import ExcludedImage
     from shards.chunks import Wanted
@@ -553,6 +619,10 @@ def problems_of_voxels(shards: Location, row: Row) -> list[str]:
     in_units = [tuple(row["slope"] * end + row["intercept"] for end in window) for window in windows]
     if (row["window_low"], row["window_high"]) not in in_units:
         problems.append("its window is not that of its voxels")
+    if not problems and row["features"] is not None:
+        recomputed = features(voxels, row).columns()
+        if _digest_of_features(*(recomputed[name] for name in _FEATURE_COLUMNS)) != row["features"]:
+            problems.append("its features are not those of its voxels")
     return problems
 
 
@@ -581,8 +651,7 @@ def _size_on_disk(corpus: Corpus, dataset: str) -> int:
 
     from catalog.query import load_catalog
 
-    files = (corpus.catalog_file(dataset), corpus.preview_file(dataset), corpus.split_file(dataset))
-    total = sum(file.stat().st_size for file in files if file.is_file())
+    total = sum(file.stat().st_size for file in corpus.files(dataset) if file.is_file())
     try:
         table = load_catalog(corpus, columns=["stored_bytes"], datasets=[dataset])
     except SetupError:

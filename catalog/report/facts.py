@@ -15,6 +15,7 @@ from catalog.corpus import Corpus
 from catalog.doctor.examine import diagnose
 from catalog.doctor.sheet import picture_sheet
 from catalog.query import load_dataset
+from catalog.report.duplicates import duplicates_facts
 from catalog.report.pictures import DESCRIBED, allotment, contact_sheet, sampled_rows
 from catalog.stats import AUDITED, audit, summarise_cells
 from catalog.survey import MEASURES, Cells, GroupColumn, Measure, in_threads, survey_corpus
@@ -50,7 +51,8 @@ def report_facts(
         where; totals, modalities, levels as `catalog.stats.audit` has them; datasets (outcomes, counts, and
         quantiles of shapes); spacings (see `spacing_marks`); intensities (per dataset and modality, SPREAD of
         each of INTENSITIES over its images); reasons; doctor (see `catalog.doctor.sheet.picture_sheet`); sheet
-        (see `catalog.report.pictures.contact_sheet`).
+        (see `catalog.report.pictures.contact_sheet`); duplicates (of the whole corpus, see
+        `catalog.report.duplicates.duplicates_facts`).
 
     Raises SetupError as `catalog.survey.survey_corpus`, and if a preview is damaged.
     """
@@ -74,6 +76,7 @@ def report_facts(
         "reasons": _reasons(survey, meanings or {}),
         "doctor": picture_sheet(corpus, diagnose(corpus, where=where), *SUSPECTS),
         "sheet": contact_sheet(corpus, chosen, sizes),
+        "duplicates": duplicates_facts(corpus),
     }
 
 

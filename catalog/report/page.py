@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,29 +24,26 @@ def write_page(facts: dict[str, Any], path: Path) -> int:
 
 
 def render_page(facts: dict[str, Any]) -> str:
-    """The page. The same facts give the same text.
+    """The page. The same facts give the same text."""
+    images = facts["totals"]["ingested"]
+    marks = facts["spacings"]["marks"]
+    shown = facts | {
+        "scatter": spacing_chart(facts["spacings"]) if marks else None,
+        "columns": level_chart(facts["levels"], images) if images else None,
+        "size_axis": size_scale(facts["datasets"], SHAPES),
+        "intensity_axis": intensity_scale(facts["intensities"], INTENSITIES),
+        "shape_names": SHAPES,
+        "known": lambda value: value is not None and math.isfinite(value),
+    }
+    return render_template("report.html", shown)
+
+
+def render_template(name: str, values: Mapping[str, Any]) -> str:
+    """One of the packaged pages, with the style, the script and the policy that are common to them.
 
     Texts of the catalog are escaped, and the page's own policy lets a browser run no script and load no style
     but those that are packaged here, known by their hash.
     """
-    images = facts["totals"]["ingested"]
-    marks = facts["spacings"]["marks"]
-    return render_template(
-        "report.html",
-        facts
-        | {
-            "scatter": spacing_chart(facts["spacings"]) if marks else None,
-            "columns": level_chart(facts["levels"], images) if images else None,
-            "size_axis": size_scale(facts["datasets"], SHAPES),
-            "intensity_axis": intensity_scale(facts["intensities"], INTENSITIES),
-            "shape_names": SHAPES,
-            "known": lambda value: value is not None and math.isfinite(value),
-        },
-    )
-
-
-def render_template(name: str, values: dict[str, Any]) -> str:
-    """One of the packaged pages, with the style, the script and the policy that are common to them."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from rich.filesize import decimal

@@ -141,7 +141,17 @@ def test_any_merge_gives_what_a_dictionary_would(
                     {"dataset": "demo", "key": row["key"], "preview": str(row["message"]).encode()}
                     for row in rows_now
                 ]
-                batches.append((rows_now, previews, {f"file{number}" for number in reread}))
+                features = [
+                    {
+                        "dataset": "demo",
+                        "key": row["key"],
+                        "features_version": 1,
+                        "voxel_hash": str(row["message"]).encode().ljust(16),
+                        "pictures": b"",
+                    }
+                    for row in rows_now
+                ]
+                batches.append((rows_now, previews, features, {f"file{number}" for number in reread}))
             merge_batches(corpus, "demo", batches)
             expected = {key: told for key, told in expected.items() if int(key[1:]) // 3 not in reread} | {
                 f"k{number:03d}": f"stage {stage}" for number in given_already
@@ -154,4 +164,8 @@ def test_any_merge_gives_what_a_dictionary_would(
             assert [picture.decode() for picture in pictures["preview"].to_pylist()] == [
                 expected[key] for key in sorted(expected)
             ]
-            assert len(list(Path(corpus.catalog_file("demo").parent).iterdir())) == 3, "with the manifest"
+            hashes = pq.read_table(corpus.features_file("demo"), partitioning=None)
+            assert [(row["key"], row["voxel_hash"].decode().strip()) for row in hashes.to_pylist()] == sorted(
+                expected.items()
+            )
+            assert len(list(Path(corpus.catalog_file("demo").parent).iterdir())) == 4, "with the manifest"

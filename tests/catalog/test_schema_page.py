@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from catalog.corpus import Corpus
-from catalog.schema import CATALOG_SCHEMA, PREVIEW_SCHEMA, page
+from catalog.schema import CATALOG_SCHEMA, DUPLICATES_SCHEMA, FEATURES_SCHEMA, PREVIEW_SCHEMA, page
 from catalog.write import merge_dataset
 from tests.conftest import REPOSITORY
 
@@ -22,7 +22,7 @@ def test_the_page_is_current() -> None:
 
 def test_every_column_has_a_line_with_its_meaning() -> None:
     text = PAGE.read_text()
-    for field in [*CATALOG_SCHEMA, *PREVIEW_SCHEMA]:
+    for field in [*CATALOG_SCHEMA, *PREVIEW_SCHEMA, *FEATURES_SCHEMA, *DUPLICATES_SCHEMA]:
         description = field.metadata[b"description"].decode().replace("|", "\\|")
         assert re.search(rf"^\| `{field.name}` \|.*{re.escape(description)} \|$", text, re.MULTILINE)
 

@@ -83,6 +83,7 @@ def test_rows_are_sorted_and_of_the_schema(corpus: Corpus) -> None:
     pictures = pq.read_table(corpus.preview_file("demo"), partitioning=None)
     assert_same_schema(pictures.schema, PREVIEW_SCHEMA)
     assert sorted(path.name for path in corpus.catalog_file("demo").parent.iterdir()) == [
+        "features.parquet",
         "images.parquet",
         "manifest.sha256",
         "previews.parquet",
@@ -175,7 +176,7 @@ def test_a_refusal_of_the_operating_system_keeps_the_old_files(
     with pytest.raises(OSError, match="No space left"):
         merge_dataset(corpus, "demo", [row("b")], [preview("b")])
     assert digest(corpus) == before
-    assert len(list(corpus.catalog_file("demo").parent.iterdir())) == 3
+    assert len(list(corpus.catalog_file("demo").parent.iterdir())) == 4
 
 
 MERGE_FOREVER = """
@@ -211,4 +212,4 @@ def test_a_killed_merge_leaves_the_catalog_before_or_after(corpus: Corpus, delay
     assert len(set(table["message"].to_pylist())) == 1
     assert corpus.datasets() == ["demo"]
     merge_dataset(corpus, "demo", [row("k00000")], [])
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 4

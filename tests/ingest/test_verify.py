@@ -130,6 +130,7 @@ def one_of_each(corpus: Corpus) -> dict[str, Path]:
     return {
         "catalog": corpus.catalog_file("demo"),
         "previews": corpus.preview_file("demo"),
+        "features": corpus.features_file("demo"),
         "split": corpus.split_file("demo"),
         "manifest": corpus.manifest_file("demo"),
         "metadata of a volume": volume / METADATA_FILE,
@@ -140,7 +141,7 @@ def one_of_each(corpus: Corpus) -> dict[str, Path]:
 
 
 KINDS = [
-    *("catalog", "previews", "split", "manifest"),
+    *("catalog", "previews", "features", "split", "manifest"),
     *("metadata of a volume", "voxels of a volume", "metadata of a pack", "voxels of a pack"),
 ]
 
@@ -431,7 +432,7 @@ def counted(self, target):
 Path.replace = counted
 ingest.run.ingest_dataset(ingest.run.plan_ingest(DEMO, raw, data), data, NoCluster(), lambda *_: None)
 """
-RENAMES = 8  # next manifest, split, manifest; next manifest, previews, catalog, manifest; index
+RENAMES = 9  # next manifest, split, manifest; next manifest, previews, features, catalog, manifest; index
 
 
 @pytest.mark.parametrize("count", range(RENAMES + 1))

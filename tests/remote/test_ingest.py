@@ -84,10 +84,11 @@ def test_the_store_holds_byte_for_byte_what_a_folder_would(
     assert findings(place) == []
     order = [request.path.rpartition("/")[2] for request in proxy.requests if request.method == "PUT"]
     first = order.index("manifest.next.sha256")
-    assert order[first:][:5] == [
+    assert order[first:][:6] == [
         "manifest.next.sha256",
         "demo.parquet",
         "previews.parquet",
+        "features.parquet",
         "images.parquet",
         "manifest.sha256",
     ]

@@ -694,6 +694,7 @@ def _proposed(found: Diagnosis, exclude: list[str], known: list[str]) -> list[tu
     return proposals
 
 
+@data.command()
 def duplicates(
     data_dir: DataOption = Path("data"),
     leakage: Annotated[

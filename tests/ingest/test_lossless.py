@@ -14,6 +14,7 @@ import yaml
 import ingest.run
 from catalog.corpus import Corpus
 from catalog.query import load_catalog
+from ingest.outline import RawFolder
 from ingest.repair import repair
 from ingest.run import IngestPlan, IngestReport, ingest_dataset, plan_ingest
 from ingest.task import IngestTask, TaskResult, run_task
@@ -107,7 +108,7 @@ def test_what_was_lost_comes_back_as_it_was(tmp_path: Path, lost: str) -> None:
     corpus = Corpus(data)
     found = verify(corpus, SPECS, workers=1)
     assert found.findings
-    assert repair(corpus, SPECS, raw, found, 1, lambda plans: ingest_all(plans, corpus)) == []
+    assert repair(corpus, SPECS, RawFolder(raw), found, 1, lambda plans: ingest_all(plans, corpus)) == []
     assert published_files(data) == before
 
 

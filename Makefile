@@ -9,8 +9,8 @@ RUN ?= runs/$(PRESET)
 DEMO := demo
 STAMP := $(VENV)/.installed
 JOBS ?= 2
-# Files of tests share costly fixtures, so each runs in one process; threads beside them would only compete.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# More threads than one in each of the processes would only compete.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ingest stats train check test test-slow bench clean
@@ -53,7 +53,7 @@ check: $(STAMP)  ## lint, format, types, import contract
 	$(BIN)/lint-imports
 
 test: check  ## check, then the test suite (under 10 minutes on 2 cores)
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) --dist loadfile -m 'not slow'  # the tests of a file share costly fixtures
 
 test-slow: $(STAMP)  ## what takes longer (under 40 minutes on 2 cores)
 	$(PYTEST) -m slow

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, defaultdict
+import itertools
+from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,7 +132,7 @@ def open_validation(place: Location, images: int) -> Validation:
     """
     corpus = open_corpus(place)
     candidates = Candidates(images)
-    with contextlib.closing(_ahead(_ingested(corpus, None))) as tables:
+    with contextlib.closing(_ingested(corpus, None)) as tables:
         for table in tables:
             candidates.seen(table)
     chosen, held_out = choose_images(candidates.table(), images)
@@ -179,7 +180,7 @@ def training_tables(
     What `selection` leaves out is neither trained nor validated on; the weights of the others are multiplied by
     their factors.
     """
-    with contextlib.closing(_ahead(_ingested(corpus, selection))) as tables:
+    with contextlib.closing(_ingested(corpus, selection)) as tables:
         for table in tables:
             yield _having(candidates.seen(table), "split", "train")
 
@@ -190,17 +191,20 @@ def _files(corpus: Corpus) -> list[tuple[str, int, int]]:
     return [(dataset, stat.st_ino, stat.st_mtime_ns) for dataset, stat in stats]
 
 
-def _ingested(corpus: Corpus, selection: Selection | None) -> Iterator[pa.Table]:
+def _ingested(corpus: Corpus, selection: Selection | None) -> Generator[pa.Table]:
     """The ingested images in the order of dataset and key, some ten thousand at a time."""
     columns, dictionaries = [*IMAGE_COLUMNS, "modality"], [*CODED_COLUMNS, "modality"]
     read = list(dict.fromkeys([*columns, *(selection.columns if selection is not None else ())]))
-    for dataset in dataset_ids(corpus):
-        if selection is not None and selection.leaves_out(dataset):
-            continue
+
+    def images(dataset: str) -> Iterator[pa.Table]:
         path, remedy = corpus.catalog_file(dataset), remedy_of(dataset)
         for table in read_batches(path, remedy, read, schema=CATALOG_SCHEMA, dictionaries=dictionaries):
-            images = _having(table, "status", "ingested")
-            yield images if selection is None else _weighted(images, selection.factors(images)).select(columns)
+            yield _having(table, "status", "ingested")
+
+    wanted = (name for name in dataset_ids(corpus) if selection is None or not selection.leaves_out(name))
+    with contextlib.closing(_ahead(map(images, wanted))) as tables:
+        for table in tables:
+            yield table if selection is None else _weighted(table, selection.factors(table)).select(columns)
 
 
 def _weighted(table: pa.Table, factors: Reals) -> pa.Table:
@@ -212,13 +216,52 @@ def _weighted(table: pa.Table, factors: Reals) -> pa.Table:
     return table.set_column(at, table.schema.field(at), weighted).filter(pa.array(factors > 0))
 
 
-def _ahead(tables: Iterator[pa.Table]) -> Generator[pa.Table]:
-    """The same, the next one being read while one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, tables, None)
-        while (table := coming.result()) is not None:
-            coming = reader.submit(next, tables, None)
-            yield table
+def _ahead(datasets: Iterator[Iterator[pa.Table]]) -> Generator[pa.Table]:
+    """The tables of one dataset after the other; some of the next ones are read while one is worked on."""
+    with ThreadPoolExecutor(_READ_AT_ONCE) as readers:
+        feeds = deque(_Feed(readers, tables) for tables in itertools.islice(datasets, _READ_AT_ONCE))
+        while feeds:
+            for feed in feeds:
+                feed.top_up()
+            table = feeds[0].take()
+            if table is not None:
+                yield table
+                continue
+            feeds.popleft()
+            feeds.extend(_Feed(readers, tables) for tables in itertools.islice(datasets, 1))
+
+
+class _Feed:
+    """The tables of one dataset, which come one after the other: the next is always on its way."""
+
+    def __init__(self, readers: ThreadPoolExecutor, tables: Iterator[pa.Table]) -> None:
+        self._readers, self._tables = readers, tables
+        self._ready: deque[pa.Table] = deque()
+        self._coming: Future[pa.Table | None] | None = readers.submit(next, tables, None)
+
+    def top_up(self) -> None:
+        """Begin the next table if one has come, unless enough wait already."""
+        if self._coming is not None and self._coming.done() and len(self._ready) < _TABLES_AHEAD:
+            self._collect(self._coming)
+
+    def take(self) -> pa.Table | None:
+        """The next table; None behind the last."""
+        if self._coming is not None and not self._ready:
+            self._collect(self._coming)
+        return self._ready.popleft() if self._ready else None
+
+    def _collect(self, coming: Future[pa.Table | None]) -> None:
+        table = coming.result()
+        if table is None:
+            self._coming = None
+        else:
+            self._ready.append(table)
+            self._coming = self._readers.submit(next, self._tables, None)
+
+
+_READ_AT_ONCE = 2
+"""Datasets: of one alone, reading takes longer than what is done with what was read."""
+_TABLES_AHEAD = 2
 
 
 def _having(table: pa.Table, column: str, text: str) -> pa.Table:

@@ -178,7 +178,11 @@ def _grey(plane: Voxels, window: tuple[float, float], side: int) -> _Cells:
     down, across = (max(1, extent // (_SAMPLES * side)) for extent in plane.shape[1:])
     seen = plane[:, down // 2 :: down, across // 2 :: across].astype(np.float64)
     low, high = window
-    levels = np.rint(np.clip((seen - low) * (_GREY_LEVELS / (high - low)), 0, _GREY_LEVELS))
+    # A header may put the values so far from 0 that the ends of the window round to one number.
+    scale = _GREY_LEVELS / (high - low) if high > low else math.inf
+    if math.isinf(scale):
+        return np.zeros(seen.shape[1:])
+    levels = np.rint(np.clip((seen - low) * scale, 0, _GREY_LEVELS))
     return np.asarray(levels.sum(axis=0))
 
 

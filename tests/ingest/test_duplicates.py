@@ -30,7 +30,7 @@ from catalog.query import read_table
 from catalog.schema import DUPLICATES_SCHEMA
 from catalog.write import features_file
 from ingest.backfill import ensure_features
-from ingest.features import pictures, voxel_hash
+from ingest.features import features, pictures, voxel_hash
 from ingest.leakage import find_leaks
 from ingest.repair import repair
 from ingest.spec import load_specs
@@ -157,6 +157,17 @@ def test_pictures_of_any_image_fit_their_place(
     assert (unpack(np.frombuffer(packed, np.uint8)[np.newaxis])[0] == levels).all()
     turned = pictures(np.asfortranarray(voxels), (0.0, 255.0))
     assert (turned == levels).all()
+
+
+@pytest.mark.filterwarnings("error")
+@given(st.floats(1e-300, 1e30), st.floats(-1e30, 1e30))
+@settings(deadline=None)
+def test_any_scale_that_a_header_may_give_has_features(slope: float, intercept: float) -> None:
+    """A spoiled header once had an intercept beside which the window vanished."""
+    voxels = np.arange(64, dtype=np.int16).reshape(1, 4, 4, 4)
+    ends = (slope * value + intercept for value in (3, 60))
+    row = {"slope": slope, "intercept": intercept} | dict(zip(("window_low", "window_high"), ends, strict=True))
+    assert len(features(voxels, row).pictures) == PACKED_BYTES[3]
 
 
 def test_a_flip_of_the_image_flips_its_pictures(samples: Path) -> None:

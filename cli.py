@@ -1161,6 +1161,9 @@ DedupOption = Annotated[
     bool, typer.Option("--dedup", help="Of images that show the same, draw only one; see `duplicates`.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
+ProcessesOption = Annotated[
+    int, typer.Option("--nproc", metavar="N", min=1, help="Processes of this machine that train together.")
+]
 
 
 @train.command()
@@ -1174,10 +1177,11 @@ def tokenizer(
     resume: ResumeOption = False,
     cache: CacheOption = None,
     cache_gb: CacheLimitOption = None,
+    processes: ProcessesOption = 1,
 ) -> None:
     """Train the visual tokenizer (spatially adaptive convolutions, soft codebook)."""
     overrides = [*(settings or ()), *_drawn_from(mix_name, dedup), *_cached(cache, cache_gb)]
-    _train("tokenizer", preset, overrides, data_dir, run, resume)
+    _train("tokenizer", preset, overrides, data_dir, run, resume, processes)
 
 
 @train.command()
@@ -1195,12 +1199,13 @@ def mim(
     resume: ResumeOption = False,
     cache: CacheOption = None,
     cache_gb: CacheLimitOption = None,
+    processes: ProcessesOption = 1,
 ) -> None:
     """Train the ViT by masked image modelling against a trained tokenizer."""
     overrides = [*(settings or ()), *_drawn_from(mix_name, dedup), *_cached(cache, cache_gb)]
     if tokenizer_run is not None:
         overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
-    _train("mim", preset, overrides, data_dir, run, resume)
+    _train("mim", preset, overrides, data_dir, run, resume, processes)
 
 
 evaluate_app = typer.Typer(help="Measure what a trained model can do.", no_args_is_help=True)
@@ -1315,17 +1320,37 @@ def _train(
     data_dir: Location,
     run: Path,
     resume: bool,
+    processes: int,
 ) -> None:
     from ingest.spec import load_specs
     from training.config import load_preset
 
     config = load_preset(kind, preset, settings)  # a wrong setting is told before torch is loaded
+    if processes > 1 and "RANK" not in os.environ:
+        from training.launch import launch
+
+        sys.exit(launch([sys.executable, *sys.orig_argv[1:]], processes))
+    if processes > 1 and os.environ.get("WORLD_SIZE") != str(processes):
+        raise SetupError(
+            f"--nproc {processes} starts processes, but something else (torchrun?) already started "
+            f"{os.environ.get('WORLD_SIZE', 'an unknown number of them')}: leave --nproc out."
+        )
+    from training.world import PeerLost, joined
+
     module = importlib.import_module(f"training.train_{kind}")
     licences = {name: spec.licence for name, spec in load_specs().items()}
-    summary = module.train(config, data_dir, run, resume=resume, licences=licences)
+    try:
+        with joined(config.device) as world:
+            summary = module.train(config, data_dir, run, resume=resume, licences=licences, world=world)
+    except PeerLost as lost:
+        typer.echo(f"error: {lost}", err=True)
+        raise
+    if world.rank > 0:
+        return
+    speed = summary["images_per_second"]
     _print(
-        f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
-        f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
+        f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
+        f"{'' if speed is None else f', {speed:.3g} images/s'}. Checkpoints, logs and pictures: {run}"
     )
 
 

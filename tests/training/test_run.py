@@ -37,13 +37,14 @@ def train(folder: Path, resume: bool = False, *overrides: str, each_step=lambda 
     with Run(folder, chosen, **({"fingerprints": FINGERPRINTS} | kwargs), resume=resume) as run:
         model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
         optimizer = adamw(model, chosen.optim)
-        run.restore({"model": model}, {"optimizer": optimizer})
+        run.restore({"model": model}, {"model": optimizer})
         for step in run.steps():
             x = torch.randn(8, 4)
             set_learning_rate(optimizer, learning_rate(step, chosen.steps, chosen.optim))
             loss = each_step(step, (model(x) - x.sum(1, keepdim=True)).square().mean())
-            run.update(loss, optimizer, 1.0, keys=[f"ds/image{step}"])
-            run.finish_step(step, loss.item(), len(x), {})
+            run.backward(loss, [f"ds/image{step}"] * len(x))
+            run.update(optimizer, 1.0)
+            run.finish_step(step, {})
             if run.due(step, chosen.intervals.save_every_steps):
                 run.save(step + 1)
         return run.summary({"psnr": 20.0})
@@ -58,7 +59,7 @@ def assert_same_result(folder: Path, other: Path) -> None:
     expected = weights(other)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(folder).items())
     states = [torch.load(newest_checkpoint(run) / "training.pt", weights_only=True) for run in (folder, other)]
-    assert torch.equal(states[0]["rng"]["cpu"], states[1]["rng"]["cpu"])
+    assert torch.equal(states[0]["rng"][0]["cpu"], states[1]["rng"][0]["cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -243,10 +244,3 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
 def test_bfloat16_runs_on_the_cpu(tmp_path):
     with Run(tmp_path, config("precision=bf16"), fingerprints={}, resume=False) as run, run.autocast():
         assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.bfloat16
-
-
-def test_only_rank_0_writes(tmp_path):
-    from training.run import World
-
-    train(tmp_path / "run", world=World(rank=1, size=2))
-    assert not (tmp_path / "run").exists()

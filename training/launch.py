@@ -60,17 +60,19 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait until all have ended, the others not long after one that failed; the exit code of the whole."""
     deadline, code = None, 0
     while any(process.poll() is None for process in processes):
-        failed = [(rank, process.returncode) for rank, process in enumerate(processes) if process.returncode]
-        if failed and deadline is None:
-            deadline, code = time.monotonic() + GRACE_SECONDS, _told(*failed[0])
+        if deadline is None and (code := _failure(processes)):
+            deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             _signal(processes, signal.SIGKILL)
         time.sleep(_LOOK_SECONDS)
-    return code or next((_told(rank, p.returncode) for rank, p in enumerate(processes) if p.returncode), 0)
+    return code or _failure(processes)
 
 
-def _told(rank: int, code: int) -> int:
-    """The exit code of a training of which process `rank` ended with `code`; a signal is said."""
+def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit code for the processes that failed, 0 if none did; which one a signal ended is said."""
+    # A signal's victim (its code is negative) is the cause, though those who lost it may be seen first.
+    failed = [(process.returncode, rank) for rank, process in enumerate(processes) if process.returncode]
+    code, rank = min(failed, default=(0, 0))
     if code >= 0:
         return code
     print(

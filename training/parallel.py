@@ -35,7 +35,7 @@ def replicated(model: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -53,7 +53,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def passes(network: nn.Module, parts: Sequence[Part]) -> Iterator[Part]:
-    """The parts of a batch, each for one pass of `network`; in the last, processes average what came together."""
+    """The parts of a batch, each for one pass of `network`; in the last, processes average what came up."""
     for number, part in enumerate(parts, start=1):
         last = number == len(parts)
         if isinstance(network, DistributedDataParallel):

@@ -95,7 +95,7 @@ def codebook_use(file: Path, title: str, uses: Mapping[str, CodebookUse]) -> Non
     figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     usage, entropy = figure.subplots(1, 2)
-    size = len(next(iter(uses.values())).usage_K)
+    size = len(next(iter(uses.values())).usage)
     for (name, use), style in zip(uses.items(), _styles(), strict=False):
         share_K = use.usage.float().cpu().sort(descending=True).values
         usage.plot(range(1, size + 1), share_K.clamp_min(1e-9).numpy() * size, label=name, **style)

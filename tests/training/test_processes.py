@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands import SCRIPTS, command
+from training.pretrained import load_vit
 from training.run import newest_checkpoint, read_state
 
 COMMON = [
@@ -51,7 +52,7 @@ class Training:
         if torchrun:
             call = [
                 *(str(SCRIPTS / "python"), "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(torchrun), "--no-python", *call),
+                *("--nproc-per-node", str(torchrun), "--no-python", "--", *call),
             ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         pipe = subprocess.PIPE
@@ -83,6 +84,13 @@ def assert_like(run: Path, alone: Path) -> None:
     expected = weights(alone)
     found = weights(run)
     assert found.keys() == expected.keys(), "names do not tell how a network was wrapped"
+
+
+def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        assert float((found[name] - value).norm()) < 1e-2 * float(value.norm()) + 1e-3
 
 
 def assert_same_result(run: Path, other: Path) -> None:
@@ -130,7 +138,8 @@ def test_passes_over_parts_of_a_batch_add_up_to_the_whole(toy_corpus, alone, tmp
     assert_like(tmp_path / "run", alone)
 
 
-def test_two_processes_train_a_vit_as_one_does_and_go_on_as_one(toy_corpus, alone, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_a_vit_as_one_does(toy_corpus, alone, tmp_path):
     training = Training(toy_corpus, alone)
     training.run(tmp_path / "one", settings=("data.accumulate=2", "ema_decay=0.5"))
     settings = ("ema_decay=0.5", "intervals.save_every_steps=4")
@@ -138,6 +147,7 @@ def test_two_processes_train_a_vit_as_one_does_and_go_on_as_one(toy_corpus, alon
     assert_like(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killing_one_process_ends_the_other_and_a_resume_goes_on_exactly(toy_corpus, tmp_path, victim):
     training = Training(toy_corpus)
@@ -158,6 +168,7 @@ def test_killing_one_process_ends_the_other_and_a_resume_goes_on_exactly(toy_cor
     assert_same_result(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["rank 1", "launcher"])
 def test_a_signal_to_any_of_them_stops_all_after_the_same_step(toy_corpus, tmp_path, who):
     process = Training(toy_corpus).start(tmp_path / "run", "--nproc", "2", settings=("steps=1000",))
@@ -172,6 +183,7 @@ def test_a_signal_to_any_of_them_stops_all_after_the_same_step(toy_corpus, tmp_p
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_processes_that_draw_noise_cannot_change_their_number(toy_corpus, tmp_path):
     noisy = ("model.quantizer=gumbel", "steps=4")
     training = Training(toy_corpus)
@@ -183,6 +195,7 @@ def test_processes_that_draw_noise_cannot_change_their_number(toy_corpus, tmp_pa
     assert "Resume with as many" in said
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_batches(toy_corpus, alone, tmp_path):
     run = shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(newest_checkpoint(run))
@@ -191,6 +204,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(toy_corpus, a
     assert curve(run) == pytest.approx(curve(alone), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_taken_folder_is_told_once(toy_corpus, alone):
     process = Training(toy_corpus).start(alone, "--nproc", "2")
     _, said = process.communicate(timeout=60)
@@ -198,8 +212,26 @@ def test_a_taken_folder_is_told_once(toy_corpus, alone):
     assert said.count("exists already: continue that run with --resume") == 1
 
 
+@pytest.mark.slow
 def test_processes_are_started_once(toy_corpus, tmp_path):
     process = Training(toy_corpus).start(tmp_path / "run", "--nproc", "3", torchrun=2)
     _, said = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "leave --nproc out" in said
+
+
+@pytest.mark.slow
+def test_shards_of_a_vit_train_as_the_whole_does_and_its_checkpoints_are_whole(toy_corpus, alone, tmp_path):
+    training = Training(toy_corpus, alone)
+    layers = ("optim.layer_lr_decay=0.7", "optim.patch_gradient_scale=0.1", "ema_decay=0.5")
+    training.run(tmp_path / "one", settings=layers)
+    sharded = (*layers, "parallel=fsdp")
+    training.run(tmp_path / "two", "--nproc", "2", settings=sharded)
+    assert_like(tmp_path / "two", tmp_path / "one")
+    assert_near(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    assert load_vit(tmp_path / "two").config.dim == 16
+
+    resumed = shutil.copytree(tmp_path / "two", tmp_path / "resumed")
+    shutil.rmtree(newest_checkpoint(resumed))
+    training.run(resumed, "--nproc", "2", "--resume", settings=sharded)
+    assert_same_result(resumed, tmp_path / "two")

@@ -1265,6 +1265,9 @@ def export_model(
     encoder: Annotated[
         bool, typer.Option("--encoder", help="Of a ViT, leave out the head of its pre-training.")
     ] = False,
+    average: Annotated[
+        bool, typer.Option("--ema", help="Take the moving average of the weights, if the run kept one.")
+    ] = False,
 ) -> None:
     """Write a trained model as weights (safetensors), configuration (JSON) and model card."""
     from training.mim import MaskedImageModel
@@ -1277,7 +1280,7 @@ def export_model(
     )
 
     place = find_pretrained(model)
-    trained = load_pretrained(place)
+    trained = load_pretrained(place, average=average)
     if encoder:
         if not isinstance(trained, MaskedImageModel):
             raise SetupError(f"{model} has no head to leave out: export it without --encoder")

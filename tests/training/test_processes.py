@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.commands import SCRIPTS, command
+from tests.commands import SCRIPTS, command, run
 from training.pretrained import load_vit
 from training.run import newest_checkpoint, read_state
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 COMMON = [
     *("data.tokens_z=1", "data.tokens_x=2", "data.batch_size=3", "device=cpu", "optim.warmup_steps=1"),
     *("intervals.log_every_steps=1", "intervals.save_every_steps=2", "intervals.validate_every_steps=100"),
@@ -235,3 +237,71 @@ def test_shards_of_a_vit_train_as_the_whole_does_and_its_checkpoints_are_whole(t
     shutil.rmtree(newest_checkpoint(resumed))
     training.run(resumed, "--nproc", "2", "--resume", settings=sharded)
     assert_same_result(resumed, tmp_path / "two")
+
+
+ENGINE = """
+import importlib.util
+from pathlib import Path
+from training.world import joined
+spec = importlib.util.spec_from_file_location("engine", {file!r})
+engine = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(engine)
+with joined("cpu") as world:
+    def bad(step, loss):
+        return loss * float("nan") if world.rank == 1 and step in {steps!r} else loss
+    summary = engine.train(Path({folder!r}), False, "data.batch_size=16", each_step=bad, world=world)
+    assert summary["last_loss"] < float("inf")
+"""
+
+
+def train_with_bad_steps(folder: Path, steps: tuple[int, ...]) -> tuple[int, str]:
+    """Exit code and messages of two processes, of which the second has a loss of NaN in some steps."""
+    program = ENGINE.format(
+        file=str(REPOSITORY / "tests/training/test_run.py"), folder=str(folder), steps=steps
+    )
+    starter = "import sys; from training.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
+    call = [sys.executable, "-c", starter, sys.executable, "-c", program]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=100)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_in_all(tmp_path):
+    code, said = train_with_bad_steps(tmp_path / "run", (2, 3, 5))
+    assert code == 0, said
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    assert [value != value for value in curve(tmp_path / "run")] == [n in (2, 3, 5) for n in range(12)]
+
+
+@pytest.mark.slow
+def test_three_of_them_stop_all_and_name_the_images_of_the_process_concerned(tmp_path):
+    code, said = train_with_bad_steps(tmp_path / "run", (4, 5, 6))
+    assert code != 0
+    assert said.count("TrainingDivergedError") == 1, "rank 0 says it"
+    assert all(f"ds/image{step}-1" in said for step in (4, 5, 6))
+    assert "ds/image4-0" not in said
+
+
+def test_the_moving_average_is_exported_on_request(toy_corpus, tmp_path):
+    Training(toy_corpus).run(tmp_path / "run", settings=("ema_decay=0.5", "channels_last=true"))
+    kept = weights(tmp_path / "run")
+    assert any(
+        not torch.equal(kept[f"ema/{name[6:]}"], kept[name]) for name in kept if name.startswith("model/")
+    )
+    done = run("pumit-train", "export", tmp_path / "run", "--ema", "--out", tmp_path / "average")
+    assert done.returncode == 0, done.stderr
+    for name, value in load_file(tmp_path / "average" / "model.safetensors").items():
+        assert torch.equal(value, kept[f"ema/{name}"])
+
+
+def test_a_run_without_an_average_says_how_to_keep_one(alone, tmp_path):
+    done = run("pumit-train", "export", alone, "--ema", "--out", tmp_path / "average")
+    assert done.returncode == 2
+    assert "ema_decay" in done.stderr
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_as_plain_ones_do(toy_corpus, alone, tmp_path):
+    Training(toy_corpus).run(tmp_path / "run", settings=("compile=true",))
+    assert curve(tmp_path / "run") == pytest.approx(curve(alone), rel=1e-4)

@@ -19,6 +19,7 @@ from torch import nn
 from catalog.errors import SetupError
 from training.config import TokenizerRunConfig, load_preset
 from training.optim import adamw, learning_rate, set_learning_rate
+from training.parallel import replicated
 from training.run import Run, TrainingDivergedError, TrainingInterrupted, choose_device, newest_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,11 +39,13 @@ def train(folder: Path, resume: bool = False, *overrides: str, each_step=lambda 
         model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
         optimizer = adamw(model, chosen.optim)
         run.restore({"model": model}, {"model": optimizer})
+        network = replicated(model, run.world)
         for step in run.steps():
             x = torch.randn(8, 4)
             set_learning_rate(optimizer, learning_rate(step, chosen.steps, chosen.optim))
-            loss = each_step(step, (model(x) - x.sum(1, keepdim=True)).square().mean())
-            run.backward(loss, [f"ds/image{step}"] * len(x))
+            loss = each_step(step, (network(x) - x.sum(1, keepdim=True)).square().mean())
+            images = f"ds/image{step}" + (f"-{run.world.rank}" if run.world.size > 1 else "")
+            run.backward(loss, [images] * len(x))
             run.update(optimizer, 1.0)
             run.finish_step(step, {})
             if run.due(step, chosen.intervals.save_every_steps):
@@ -113,6 +116,15 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_beginning(uni
     train(folder, True)
     assert_same_result(folder, uninterrupted)
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_the_curves_of_a_resumed_run_are_whole(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(newest_checkpoint(folder))
+    train(folder, True)
+    log = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in log.Scalars("loss")] == list(range(1, 13))
 
 
 def test_resuming_a_finished_run_does_nothing_and_reports_it_again(uninterrupted, tmp_path):

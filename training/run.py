@@ -98,6 +98,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def steps_behind(device: torch.device) -> int:
+    """How many steps later the host reads what one did: a GPU would otherwise run dry while it waits."""
+    return 1 if device.type == "cuda" else 0
+
+
 class _Report(NamedTuple):
     """What an update did, on its way from the device to the host."""
 
@@ -172,7 +177,7 @@ class Run:
         self._passes: list[tuple[Tensor, tuple[str, ...]]] = []
         self._updates: list[_Report] = []
         self._reports: deque[tuple[int, list[_Report]]] = deque()
-        self._reports_behind = 1 if self.device.type == "cuda" else 0
+        self._reports_behind = steps_behind(self.device)
         self._bad_steps: list[str] = []
         self._losses: dict[str, list[float]] = {"first": [], "last": []}
         self._loss = math.nan

@@ -223,6 +223,27 @@ def test_three_steps_running_without_a_finite_loss_stop_the_run_and_name_the_ima
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
+def test_a_host_that_reads_one_step_behind_sees_the_same(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.run.steps_behind", lambda device: 1)
+    rarely = ("intervals.log_every_steps=100", "intervals.save_every_steps=7")
+    train(tmp_path / "run", False, *rarely)
+    assert_same_result(tmp_path / "run", uninterrupted)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", uninterrupted)]
+    assert summaries[0]["first_loss"] == summaries[1]["first_loss"]
+    assert summaries[0]["last_loss"] == summaries[1]["last_loss"]
+
+
+def test_a_host_that_reads_one_step_behind_still_names_the_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.run.steps_behind", lambda device: 1)
+
+    def bad_from_step_4(step, loss):
+        return loss * float("nan") if step >= 4 else loss
+
+    with pytest.raises(TrainingDivergedError, match=r"ds/image4.*ds/image5.*ds/image6") as stopped:
+        train(tmp_path / "run", False, "intervals.log_every_steps=100", each_step=bad_from_step_4)
+    assert "ds/image7" not in str(stopped.value)
+
+
 def test_two_bad_steps_are_skipped_and_forgotten_after_a_good_one(tmp_path):
     def mostly_bad(step, loss):
         return loss * float("inf") if step % 3 else loss

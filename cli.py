@@ -1162,6 +1162,9 @@ DedupOption = Annotated[
     bool, typer.Option("--dedup", help="Of images that show the same, draw only one; see `duplicates`.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
+ProcessesOption = Annotated[
+    int, typer.Option("--nproc", metavar="N", min=1, help="Processes of this machine that train together.")
+]
 
 
 @train.command()
@@ -1175,10 +1178,11 @@ def tokenizer(
     resume: ResumeOption = False,
     cache: CacheOption = None,
     cache_gb: CacheLimitOption = None,
+    processes: ProcessesOption = 1,
 ) -> None:
     """Train the visual tokenizer (spatially adaptive convolutions, soft codebook)."""
     overrides = [*(settings or ()), *_drawn_from(mix_name, dedup), *_cached(cache, cache_gb)]
-    _train("tokenizer", preset, overrides, data_dir, run, resume)
+    _train("tokenizer", preset, overrides, data_dir, run, resume, processes)
 
 
 @train.command()
@@ -1196,12 +1200,13 @@ def mim(
     resume: ResumeOption = False,
     cache: CacheOption = None,
     cache_gb: CacheLimitOption = None,
+    processes: ProcessesOption = 1,
 ) -> None:
     """Train the ViT by masked image modelling against a trained tokenizer."""
     overrides = [*(settings or ()), *_drawn_from(mix_name, dedup), *_cached(cache, cache_gb)]
     if tokenizer_run is not None:
         overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
-    _train("mim", preset, overrides, data_dir, run, resume)
+    _train("mim", preset, overrides, data_dir, run, resume, processes)
 
 
 evaluate_app = typer.Typer(help="Measure what a trained model can do.", no_args_is_help=True)
@@ -1261,6 +1266,9 @@ def export_model(
     encoder: Annotated[
         bool, typer.Option("--encoder", help="Of a ViT, leave out the head of its pre-training.")
     ] = False,
+    average: Annotated[
+        bool, typer.Option("--ema", help="Take the moving average of the weights, if the run kept one.")
+    ] = False,
 ) -> None:
     """Write a trained model as weights (safetensors), configuration (JSON) and model card."""
     from training.mim import MaskedImageModel
@@ -1273,7 +1281,7 @@ def export_model(
     )
 
     place = find_pretrained(model)
-    trained = load_pretrained(place)
+    trained = load_pretrained(place, average=average)
     if encoder:
         if not isinstance(trained, MaskedImageModel):
             raise SetupError(f"{model} has no head to leave out: export it without --encoder")
@@ -1316,17 +1324,37 @@ def _train(
     data_dir: Location,
     run: Path,
     resume: bool,
+    processes: int,
 ) -> None:
     from ingest.spec import load_specs
     from training.config import load_preset
 
     config = load_preset(kind, preset, settings)  # a wrong setting is told before torch is loaded
+    if processes > 1 and "RANK" not in os.environ:
+        from training.launch import launch
+
+        sys.exit(launch([sys.executable, *sys.orig_argv[1:]], processes))
+    if processes > 1 and os.environ.get("WORLD_SIZE") != str(processes):
+        raise SetupError(
+            f"--nproc {processes} starts processes, but something else (torchrun?) already started "
+            f"{os.environ.get('WORLD_SIZE', 'an unknown number of them')}: leave --nproc out."
+        )
+    from training.world import PeerLost, joined
+
     module = importlib.import_module(f"training.train_{kind}")
     licences = {name: spec.licence for name, spec in load_specs().items()}
-    summary = module.train(config, data_dir, run, resume=resume, licences=licences)
+    try:
+        with joined(config.device) as world:
+            summary = module.train(config, data_dir, run, resume=resume, licences=licences, world=world)
+    except PeerLost as lost:
+        typer.echo(f"error: {lost}", err=True)
+        raise
+    if world.rank > 0:
+        return
+    speed = summary["images_per_second"]
     _print(
-        f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}, "
-        f"{summary['images_per_second']:.3g} images/s. Checkpoints, logs and pictures: {run}"
+        f"{kind}: {summary['steps']} steps, loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
+        f"{'' if speed is None else f', {speed:.3g} images/s'}. Checkpoints, logs and pictures: {run}"
     )
 
 

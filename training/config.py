@@ -51,6 +51,8 @@ class DataConfig(_Section):
     """Size of a crop along height and along width in tokens of 16 voxels."""
     workers: Annotated[int, Field(ge=0)]
     """Processes that read crops; 0 reads in the training process. Any number gives the same batches."""
+    accumulate: Positive = 1
+    """Passes that a process makes of its share of a batch, one by one: the same step in less memory."""
     cache_dir: Path | None = None
     """Folder on a disk of this machine that keeps what was read of a corpus in a store; its ranks share it."""
     cache_gb: PositiveReal = 100.0
@@ -78,6 +80,15 @@ class OptimConfig(_Section):
         if self.min_lr > self.peak_lr:
             raise ValueError(f"min_lr {self.min_lr} must not exceed peak_lr {self.peak_lr}")
         return self
+
+
+class MimOptimConfig(OptimConfig):
+    """The same for a ViT, whose layers may learn at rates of their own."""
+
+    layer_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate from one block to the one before it; 1 gives all layers the same."""
+    patch_gradient_scale: Share = 1.0
+    """Factor on the gradient of the patch embedding before clipping; 0 freezes it, but for weight decay."""
 
 
 class IntervalConfig(_Section):
@@ -112,10 +123,19 @@ class RunConfig(_Section):
     """In-plane tokens of the centre crops measured on: the networks take any grid."""
     precision: Literal["fp32", "bf16", "fp16"]
     """Number format of the forward pass; weights stay float32. fp16 scales the loss and needs a GPU."""
+    compile: bool = False
+    """Compile the networks, one graph a DA level: minutes at the start, for quicker steps on a GPU."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep a moving average of the weights, of which each step leaves this share; null keeps none."""
     device: Literal["auto", "cpu", "cuda"]
-    """Where to train; auto takes a GPU where there is one."""
+    """Where to train; auto takes a GPU where there is one, and each of several processes its own."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of weights, draws of images, augmentation and masks."""
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether each process draws random numbers by itself, besides those addressed by sample."""
+        return False
 
     @model_validator(mode="after")
     def _warms_up_within_the_run(self) -> RunConfig:
@@ -190,6 +210,12 @@ class TokenizerRunConfig(RunConfig):
     """Terms of the loss."""
     discriminator: DiscriminatorConfig
     """The adversary, built where loss.gan_weight is not 0."""
+    channels_last: bool = False
+    """Keep the channels of a voxel side by side, which suits the half-precision convolutions of GPUs."""
+
+    @property
+    def draws_noise(self) -> bool:
+        return self.model.quantizer == "gumbel"
 
 
 class MimModelConfig(_Section):
@@ -229,6 +255,22 @@ class MimRunConfig(RunConfig):
     """File of ViT weights to start from (EVA-02, or a published PUMIT checkpoint); null starts at random."""
     model: MimModelConfig
     """The network."""
+    optim: MimOptimConfig
+    """Optimiser of the network."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What each of several processes holds: ddp the whole network, fsdp a shard of it (memory for speed)."""
+
+    @property
+    def draws_noise(self) -> bool:
+        return self.model.drop_path > 0
+
+    @model_validator(mode="after")
+    def _shards(self) -> MimRunConfig:
+        if self.parallel == "fsdp" and self.compile:
+            raise ValueError("parallel fsdp does not go with compile: set one of them to ddp or false")
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise ValueError("parallel fsdp does not go with precision fp16: use bf16 or fp32")
+        return self
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -238,8 +280,12 @@ _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
     "mim": MimRunConfig,
 }
 
-_FREE_ON_RESUME = ("device", "data.workers", "data.cache_", "intervals.", "keep_checkpoints", "validation_")
-"""Fields (or sections, with the dot) that change no weight, so that a resumed run may set them anew."""
+_FREE_ON_RESUME = (
+    *("device", "data.workers", "data.cache_", "data.accumulate"),
+    *("intervals.", "keep_checkpoints", "validation_"),
+)
+"""Fields (or sections, with the dot) that change no weight, but by rounding, so that a resumed run may set them
+anew. As with the number of processes, `accumulate` may only change where no pass draws noise (training.run)."""
 
 
 @overload

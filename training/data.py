@@ -31,7 +31,7 @@ from training.config import DataConfig, RunConfig
 from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
 from training.loader import BatchLoader, RawBatch, make_loader, read_batch
 from training.plan import BatchPlanner, ValidationPlanner
-from training.run import World
+from training.world import World
 
 
 @dataclass(frozen=True)

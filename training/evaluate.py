@@ -9,9 +9,8 @@ Shape suffixes: B images, C channels, D H W voxels, d h w tokens, K codes.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from training.augment import render
 from training.loader import RawBatch
-from training.pictures import Row, caption, contact_sheet, middle_slice
+from training.pictures import IN_USE, CodebookUse, Row, caption, codebook_use, contact_sheet, middle_slice
 from training.quantizer import perplexity
 from training.tokenizer import Tokenizer
 from training.validation import evaluating, psnr
@@ -45,8 +44,6 @@ MEASURES = {
 """Columns of an evaluation behind `modality` and `da_level`; `Evaluation.table` tells what they are."""
 
 _SSIM_WINDOW = 11
-_IN_USE = 0.1
-"""A code is in use if its mean probability is above this share of the uniform one."""
 _ERROR_GAIN = 4
 
 
@@ -102,7 +99,7 @@ class Evaluation:
             "token_entropy": sum(tally.sums["entropy"] for tally in tallies) / tokens,
             "perplexity": float(perplexity(usage_K)),
             "utilisation": float((likeliest_K > 0).double().mean()),
-            "codes_in_use": float((usage_K > _IN_USE / self.codebook_size).double().mean()),
+            "codes_in_use": float((usage_K > IN_USE / self.codebook_size).double().mean()),
         }
 
 
@@ -199,36 +196,9 @@ def draw_reconstructions(evaluation: Evaluation, file: Path) -> None:
 
 def draw_codebook(evaluation: Evaluation, file: Path) -> None:
     """How often each code is meant (sorted), and how undecided tokens are, a line for each modality."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    usage, entropy = figure.subplots(1, 2)
-    size = evaluation.codebook_size
-    for (modality, tallies), style in zip(evaluation.by_modality().items(), _styles(), strict=False):
+    uses = {}
+    for modality, tallies in evaluation.by_modality().items():
         tokens = sum(tally.tokens for tally in tallies)
-        share_K = (sum_of(tally.usage for tally in tallies) / tokens).sort(descending=True).values
-        usage.plot(range(1, size + 1), share_K.clamp_min(1e-9).numpy() * size, label=modality, **style)
-        every = np.concatenate([one for tally in tallies for one in tally.entropies])
-        ends = np.linspace(0, math.log(size), 41)
-        density, _ = np.histogram(every, ends, density=True)
-        entropy.stairs(density, ends, label=modality, **style)
-    usage.axhline(1, color="0.6", linewidth=0.8)
-    usage.axhline(_IN_USE, color="0.6", linewidth=0.8, linestyle=":")
-    usage.set(yscale="log", xlabel="codes, most used first", ylabel="mean probability / uniform")
-    usage.set_ylim(bottom=1e-3)
-    usage.set_title("use of the codebook", fontsize=10)
-    entropy.set(xlabel=f"entropy of a token, nats (at most ln {size} = {math.log(size):.2f})", ylabel="density")
-    entropy.set_title("how undecided tokens are", fontsize=10)
-    usage.legend(fontsize=7, frameon=False)
-    temporary = file.with_name(f".{file.name}.partial")
-    figure.savefig(temporary, format="png")
-    temporary.replace(file)
-
-
-def _styles() -> Iterator[dict[str, Any]]:
-    """Colours and dashes that differ for more modalities than there are colours."""
-    for dashes in ("-", "--", ":", "-."):
-        for colour in range(10):
-            yield {"color": f"C{colour}", "linestyle": dashes, "linewidth": 1.3}
+        entropies = np.concatenate([one for tally in tallies for one in tally.entropies])
+        uses[modality] = CodebookUse(sum_of(tally.usage for tally in tallies) / tokens, entropies)
+    codebook_use(file, "use of the codebook", uses)

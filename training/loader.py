@@ -78,6 +78,29 @@ class RawBatch:
             self.buffer[place.start : place.stop].view(place.torch_dtype).view(place.shape) for place in places
         ]
 
+    def split(self, parts: int) -> list[RawBatch]:
+        """The same in `parts` batches of about equal size, in their order: views of one buffer.
+
+        Raises SetupError if there are fewer crops than parts.
+        """
+        samples = self.plan.samples
+        if parts > len(samples):
+            raise SetupError(
+                f"a process's {len(samples)} crops of a batch cannot be made in {parts} passes: lower "
+                "data.accumulate, or raise data.batch_size"
+            )
+        places, size = _layout(self.plan)
+        starts = [place.start for place in places] + [size]
+        ends = [part * len(samples) // parts for part in range(parts + 1)]
+        return [
+            replace(
+                self,
+                plan=replace(self.plan, samples=samples[first:stop]),
+                buffer=self.buffer[starts[first] : starts[stop]],
+            )
+            for first, stop in itertools.pairwise(ends)
+        ]
+
     def pin_memory(self) -> RawBatch:
         """The same in page-locked memory, from which copies to a GPU overlap with its work."""
         return replace(self, buffer=self.buffer.pin_memory())

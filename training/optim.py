@@ -15,7 +15,8 @@ from torch import nn
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
-    from training.config import OptimConfig
+    from training.config import MimOptimConfig, OptimConfig
+    from training.mim import MaskedImageModel
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -43,6 +44,38 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return fused_adamw(parameter_groups(model, config.weight_decay), lr=config.peak_lr, betas=config.betas)
 
 
+def mim_adamw(model: MaskedImageModel, config: MimOptimConfig) -> torch.optim.AdamW:
+    """The same over a masked image model, with what the configuration says of single layers.
+
+    The embedding of patches, positions, class and mask token count as layer 0, block i as layer i + 1, the last
+    norm and the head as the layer above all blocks, which has the full rate (as BEiT counts them).
+    """
+    if config.layer_lr_decay == 1 and config.patch_gradient_scale == 1:
+        return adamw(model, config)
+    vit, above = model.vit, len(model.vit.blocks) + 1
+    layers = dict.fromkeys((*vit.patch_embedding.parameters(), model.mask_token), 0)
+    layers |= {vit.class_token: 0, vit.position_table: 0}
+    layers |= {parameter: at + 1 for at, block in enumerate(vit.blocks) for parameter in block.parameters()}
+    patches = set(vit.patch_embedding.parameters())
+    grouped: dict[tuple[float, float, float], list[nn.Parameter]] = {}
+    for group in parameter_groups(model, config.weight_decay):
+        for parameter in group["params"]:
+            rate = config.layer_lr_decay ** (above - layers.get(parameter, above))
+            scale = config.patch_gradient_scale if parameter in patches else 1.0
+            grouped.setdefault((group["weight_decay"], rate, scale), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay, "lr_scale": rate, "gradient_scale": scale}
+        for (decay, rate, scale), parameters in grouped.items()
+    ]
+    return fused_adamw(groups, lr=config.peak_lr, betas=config.betas)
+
+
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the weights of `average` towards those of `model`: average = decay average + (1 - decay) model."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
 def fused_adamw(parameters: ParamsT, **options: Any) -> torch.optim.AdamW:
     """torch's AdamW that reads and writes each parameter once.
 
@@ -65,6 +98,6 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group of `optimizer` the learning rate `lr`."""
+    """Give every group of `optimizer` the learning rate `lr`, times the scale that it may have."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

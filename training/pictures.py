@@ -1,10 +1,12 @@
-"""What a network sees and makes of it, as one PNG: a row an image, a column a stage."""
+"""What a network sees and makes of it, a row an image, a column a stage; and how it uses its codebook."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +15,21 @@ from torch import Tensor
 Panel = npt.NDArray[np.float32]
 """One slice for display, (H, W, 3) in [0, 1]."""
 
+IN_USE = 0.1
+"""A code is in use if its mean probability is above this share of the uniform one."""
 _PANEL_INCHES = 1.7
 _CAPTION_INCHES = 0.26
 _TITLE_INCHES = 0.5
 _HIDDEN_GREY = 0.35
+
+
+class CodebookUse(NamedTuple):
+    """How some images use a codebook."""
+
+    usage: Tensor
+    """(K,): mean token distribution."""
+    entropies: npt.NDArray[np.float32]
+    """Of every token, in nats."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +85,38 @@ def contact_sheet(file: Path, title: str, columns: Sequence[str], rows: Sequence
     temporary = file.with_name(f".{file.name}.partial")
     figure.savefig(temporary, format="png")
     temporary.replace(file)
+
+
+def codebook_use(file: Path, title: str, uses: Mapping[str, CodebookUse]) -> None:
+    """Draw how often each code is meant (sorted), and how undecided tokens are: a line for each of `uses`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    usage, entropy = figure.subplots(1, 2)
+    size = len(next(iter(uses.values())).usage)
+    for (name, use), style in zip(uses.items(), _styles(), strict=False):
+        share_K = use.usage.float().cpu().sort(descending=True).values
+        usage.plot(range(1, size + 1), share_K.clamp_min(1e-9).numpy() * size, label=name, **style)
+        ends = np.linspace(0, math.log(size), 41)
+        density, _ = np.histogram(use.entropies, ends, density=True)
+        entropy.stairs(density, ends, label=name, **style)
+    usage.axhline(1, color="0.6", linewidth=0.8)
+    usage.axhline(IN_USE, color="0.6", linewidth=0.8, linestyle=":")
+    usage.set(yscale="log", xlabel="codes, most used first", ylabel="mean probability / uniform")
+    usage.set_ylim(bottom=1e-3)
+    usage.set_title(title, fontsize=10)
+    entropy.set(xlabel=f"entropy of a token, nats (at most ln {size} = {math.log(size):.2f})", ylabel="density")
+    entropy.set_title("how undecided tokens are", fontsize=10)
+    usage.legend(fontsize=7, frameon=False)
+    temporary = file.with_name(f".{file.name}.partial")
+    figure.savefig(temporary, format="png")
+    temporary.replace(file)
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    """Colours and dashes that differ for more modalities than there are colours."""
+    for dashes in ("-", "--", ":", "-."):
+        for colour in range(10):
+            yield {"color": f"C{colour}", "linestyle": dashes, "linewidth": 1.3}

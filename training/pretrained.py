@@ -41,6 +41,7 @@ FORMAT: Literal["pumit-data model"] = "pumit-data model"
 VERSION = 1
 """Of the folder's layout."""
 
+_AVERAGE = "ema.safetensors"
 _WEIGHTS, _CONFIG, _CARD, _STATE = "model.safetensors", "config.json", "README.md", "state.json"
 _PLACES = ("tokenizer", "initial_weights", "lpips_weights_file")
 """Settings of a run that name places of the machine it ran on."""
@@ -78,13 +79,17 @@ def load_vit(place: str | Path) -> UniversalViT:
     return model.vit if isinstance(model, MaskedImageModel) else model
 
 
-def load_pretrained(place: str | Path) -> Model:
+def load_pretrained(place: str | Path, *, average: bool = False) -> Model:
     """The model at `place` (the head of this module says what that may be), on the CPU, in training mode.
 
+    With `average`, the moving average of its weights, which the checkpoints of a run with `ema_decay` hold.
     Raises SetupError where there is none, or a file is damaged, incomplete or of a later version.
     """
     folder = find_pretrained(place)
-    tensors = _tensors(folder / _WEIGHTS)
+    file = folder / (_AVERAGE if average else _WEIGHTS)
+    if average and not file.is_file():
+        raise SetupError(f"{folder} holds no moving average: train with --set ema_decay=0.9999 to keep one")
+    tensors = _tensors(file)
     model = _blank(folder, tensors)
     own = model.state_dict()
     problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
@@ -97,7 +102,7 @@ def load_pretrained(place: str | Path) -> Model:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise SetupError(
-            f"{folder / _WEIGHTS} does not fit the configuration beside it: {'; '.join(problems[:5])}{more}. "
+            f"{file} does not fit the configuration beside it: {'; '.join(problems[:5])}{more}. "
             "Export or fetch the model again."
         )
     model.load_state_dict(tensors)

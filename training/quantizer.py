@@ -61,6 +61,10 @@ class SoftQuantizer(nn.Module):
         """(B, D, H, W, K) from features (B, C, D, H, W)."""
         return self.projection(features_BCDHW.movedim(1, -1))  # type: ignore[no-any-return]
 
+    def probabilities(self, logits_BDHWK: Tensor) -> Tensor:
+        """(B, D, H, W, K), whose mean is m."""
+        return _log_softmax(logits_BDHWK).exp()
+
     def mix(self, probabilities_BDHWK: Tensor) -> Tensor:
         """z_q (B, C, D, H, W), C = embedding_dim: the codes mixed by `probabilities`."""
         return _mix(probabilities_BDHWK, self.codebook)
@@ -131,6 +135,10 @@ class NearestQuantizer(nn.Module):
         """(B, D, H, W, K) from features (B, C, D, H, W): |z|^2 minus the squared distance to each code."""
         return 2 * features_BCDHW.movedim(1, -1) @ self.codebook.T - self.codebook.square().sum(dim=1)
 
+    def probabilities(self, logits_BDHWK: Tensor) -> Tensor:
+        """(B, D, H, W, K) one-hot, whose mean is m."""
+        return F.one_hot(logits_BDHWK.argmax(dim=-1), len(self.codebook)).to(self.codebook.dtype)
+
     def mix(self, probabilities_BDHWK: Tensor) -> Tensor:
         """z_q (B, C, D, H, W), C = embedding_dim: the codes mixed by `probabilities`."""
         return _mix(probabilities_BDHWK, self.codebook)
@@ -168,8 +176,22 @@ def mean_usage(probabilities: Tensor, *, across_ranks: bool) -> Tensor:
     tokens = probabilities.numel() // probabilities.shape[-1]
     if not (across_ranks and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return total_K / tokens
-    packed: Tensor = _SumOverRanks.apply(torch.cat([total_K, total_K.new_tensor([tokens])]))  # type: ignore[no-untyped-call]
+    packed: Tensor = _sum_over_ranks(torch.cat([total_K, total_K.new_tensor([tokens])]))
     return packed[:-1] / packed[-1]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    return _SumOverRanks.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def diversity_of_part(probabilities: Tensor, whole_K: Tensor) -> Tensor:
+    """sum_k m_k log m_k of a batch of which only a part is at hand; `whole_K` is its m, without a gradient.
+
+    The gradients of all parts, each weighted with its share of the tokens, add up to that of the whole.
+    """
+    part_K = mean_usage(probabilities, across_ranks=False)
+    return negative_entropy(whole_K + (part_K - part_K.detach()))
 
 
 def negative_entropy(m_K: Tensor) -> Tensor:

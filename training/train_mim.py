@@ -5,13 +5,14 @@ Shape suffixes: B crops, C channels, D H W voxels, d h w tokens, L = d * h * w, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from catalog.errors import SetupError
 from catalog.manifest import digest_of
@@ -22,7 +23,8 @@ from training.data import RunData, open_data
 from training.loader import RawBatch
 from training.mim import MaskedImageModel, mim_loss, n_visible, visible_mask
 from training.models import build_mim
-from training.optim import adamw, learning_rate, set_learning_rate
+from training.optim import follow, learning_rate, mim_adamw, set_learning_rate
+from training.parallel import passes, replicated, shard
 from training.pictures import Row, caption, contact_sheet, hide, middle_slice
 from training.plan import visible_indices
 from training.pretrained import find_pretrained, load_tokenizer
@@ -30,6 +32,7 @@ from training.run import Run
 from training.tokenizer import Tokenizer
 from training.validation import Means, evaluating
 from training.weights import load_weights
+from training.world import World
 
 
 def train(
@@ -38,10 +41,11 @@ def train(
     run_dir: Path,
     resume: bool,
     licences: Mapping[str, str | None] | None = None,
+    world: World = World(),  # noqa: B008 - an immutable constant
 ) -> dict[str, Any]:
     """Pre-train a ViT on the corpus at `corpus`; checkpoints, curves and pictures go to `run_dir`.
 
-    `licences` as of `open_data`.
+    `licences` as of `open_data`. Every process of the `world` calls.
 
     Returns first and last loss, images per second and the last validation, as written to summary.json.
     Raises SetupError (corpus, tokenizer, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).
@@ -56,34 +60,46 @@ def train(
     tokenizer = load_tokenizer(pretrained).eval().requires_grad_(False)
     data = open_data(corpus, config, licences)
     fingerprints = data.fingerprints | {"tokenizer": digest_of(pretrained / "model.safetensors")}
-    with Run(run_dir, config, fingerprints=fingerprints, resume=resume, lock=data.lock) as run:
+    with Run(run_dir, config, fingerprints=fingerprints, resume=resume, lock=data.lock, world=world) as run:
         # Networks
         tokenizer = tokenizer.to(run.device)
         model = build_mim(config, tokenizer.config.codebook_size)
         if config.initial_weights is not None:
             run.console.print(str(load_weights(model, config.initial_weights)))
         model = model.to(run.device)
-        optimizer = adamw(model, config.optim)
-        run.restore({"model": model}, {"model": optimizer})
+        models: dict[str, nn.Module] = {"model": model}
+        average = None
+        if config.ema_decay is not None:
+            average = models["ema"] = copy.deepcopy(model).requires_grad_(False)
+        sharded = config.parallel == "fsdp" and world.size > 1
+        if sharded:
+            for network in (model, average):
+                if network is not None:
+                    shard(network, network.vit.blocks)
+        optimizer = mim_adamw(model, config.optim)
+        run.restore(models, {"model": optimizer})
+        trained = model if sharded else replicated(run.compiled(model), world)
+        encode = run.compiled(tokenizer.encode)
 
         measured: dict[str, float] = {}
         loader = data.loader(config, run.first_step, run.world)
         run.take_meter = loader.take_meter
         for step, batch in zip(run.steps(), loader, strict=True):
-            crops = render(batch, run.device)
-            with torch.no_grad(), run.autocast():
-                target_logits_BLK = tokenizer.encode(2 * crops.voxels - 1, crops.level).flatten(1, 3)
-            visible_BV = draw_visible(config, batch, target_logits_BLK.shape[1]).to(run.device)
-
             lr = learning_rate(step, config.steps, config.optim)
             set_learning_rate(optimizer, lr)
-            with run.autocast():
-                logits_BLK = model(crops.voxels, crops.level, visible_BV)
-            losses = mim_loss(logits_BLK, target_logits_BLK, visible_BV)
-            grad_norm = run.update(losses.loss, optimizer, config.optim.max_grad_norm, crops.keys)
-
-            scalars = {"lr": lr, "grad_norm": grad_norm, **losses._asdict()}
-            run.finish_step(step, losses.loss.item(), len(crops.keys), scalars)
+            for part in passes(trained, batch.split(config.data.accumulate)):
+                crops = render(part, run.device)
+                with torch.no_grad(), run.autocast():
+                    target_logits_BLK = encode(2 * crops.voxels - 1, crops.level).flatten(1, 3)
+                visible_BV = draw_visible(config, part, target_logits_BLK.shape[1]).to(run.device)
+                with run.autocast():
+                    logits_BLK = trained(crops.voxels, crops.level, visible_BV)
+                losses = mim_loss(logits_BLK, target_logits_BLK, visible_BV)
+                run.backward(losses.loss, crops.keys, losses._asdict())
+            means = run.update(optimizer, config.optim.max_grad_norm)
+            if average is not None and config.ema_decay is not None:
+                follow(average, model, config.ema_decay)
+            run.finish_step(step, {"lr": lr, **means})
 
             if run.due(step, config.intervals.validate_every_steps):
                 measured = validate(run, step, model, tokenizer, data, config)
@@ -117,8 +133,10 @@ def validate(
             rows += picture_rows(data, crops, tokenizer, target_logits_BdhwK, logits_BLK, visible_BV)
     measured = {f"{data.validation_name}/{name}": value for name, value in means.result().items()}
     run.log(step, measured)
-    columns = ["input", "tokenizer", "masked", "prediction"]
-    contact_sheet(run.picture_file(step), f"masked image modelling, step {step + 1}", columns, rows)
+    if run.world.rank == 0:
+        columns = ["input", "tokenizer", "masked", "prediction"]
+        rows.sort(key=lambda row: row.caption)  # by modality, then image; each says its DA level
+        contact_sheet(run.picture_file(step), f"masked image modelling, step {step + 1}", columns, rows)
     return measured
 
 

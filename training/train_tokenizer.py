@@ -5,12 +5,16 @@ Shape suffixes: B crops, C channels, D H W voxels, d h w tokens, K codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from catalog.store import Location
 from training.augment import render
@@ -29,12 +33,23 @@ from training.losses import (
 )
 from training.lpips import load_lpips
 from training.models import build_tokenizer
-from training.optim import adamw, learning_rate, set_learning_rate
-from training.pictures import Row, caption, contact_sheet, middle_slice
-from training.quantizer import GumbelQuantizer, gumbel_temperature, mean_usage, perplexity, utilisation
+from training.optim import adamw, follow, learning_rate, set_learning_rate
+from training.parallel import passes, replicated
+from training.pictures import CodebookUse, Row, caption, codebook_use, contact_sheet, middle_slice
+from training.quantizer import (
+    GumbelQuantizer,
+    diversity_of_part,
+    gumbel_temperature,
+    mean_usage,
+    perplexity,
+    utilisation,
+)
 from training.run import Run
 from training.tokenizer import Tokenizer
 from training.validation import Means, evaluating, psnr
+from training.world import World
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def train(
@@ -43,31 +58,41 @@ def train(
     run_dir: Path,
     resume: bool,
     licences: Mapping[str, str | None] | None = None,
+    world: World = World(),  # noqa: B008 - an immutable constant
 ) -> dict[str, Any]:
     """Train a tokenizer on the corpus at `corpus`; checkpoints, curves and pictures go to `run_dir`.
 
-    `licences` as of `open_data`.
+    `licences` as of `open_data`. Every process of the `world` calls.
 
     Returns first and last loss, images per second and the last validation, as written to summary.json.
     Raises SetupError (corpus, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).
     """
     # Input
     data = open_data(corpus, config, licences)
-    with Run(run_dir, config, fingerprints=data.fingerprints, resume=resume, lock=data.lock) as run:
+    with Run(
+        run_dir, config, fingerprints=data.fingerprints, resume=resume, lock=data.lock, world=world
+    ) as run:
         # Networks
-        tokenizer = build_tokenizer(config.model).to(run.device)
+        layout = torch.channels_last_3d if config.channels_last else torch.contiguous_format
+        tokenizer = in_layout(build_tokenizer(config.model).to(run.device), layout)
         optimizer = adamw(tokenizer, config.optim)
-        models: dict[str, torch.nn.Module] = {"model": tokenizer}
+        models: dict[str, nn.Module] = {"model": tokenizer}
         optimizers: dict[str, torch.optim.Optimizer] = {"model": optimizer}
+        average = None
+        if config.ema_decay is not None:
+            average = models["ema"] = copy.deepcopy(tokenizer).requires_grad_(False)
         adversary = None
         if config.loss.gan_weight:
-            adversary = PatchDiscriminator(config.discriminator.channels)
-            models["discriminator"] = adversary.to(run.device)
+            adversary = PatchDiscriminator(config.discriminator.channels).to(run.device)
+            models["discriminator"] = adversary = in_layout(adversary, layout)
             optimizers["discriminator"] = adamw(adversary, config.discriminator.optim)
         lpips = None
         if config.loss.lpips_weight:
             lpips = load_lpips(config.loss.lpips_weights_file).to(run.device)
         run.restore(models, optimizers)
+        network = replicated(run.compiled(tokenizer), world)
+        judge = None if adversary is None else run.compiled(adversary)
+        trained_judge = None if judge is None else replicated(judge, world)
 
         # Losses
         weights = LossWeights(
@@ -83,65 +108,106 @@ def train(
         loader = data.loader(config, run.first_step, run.world)
         run.take_meter = loader.take_meter
         for step, batch in zip(run.steps(), loader, strict=True):
-            crops = render(batch, run.device)
-            image_BCDHW = 2 * crops.voxels - 1
+            parts = [render(part, run.device) for part in batch.split(config.data.accumulate)]
+            indices = [part.indices for part in batch.split(config.data.accumulate)]
+            images = [(2 * crops.voxels - 1).contiguous(memory_format=layout) for crops in parts]
+            level = batch.level
 
             # Generator
             if isinstance(tokenizer.quantizer, GumbelQuantizer):
                 tokenizer.quantizer.temperature.fill_(gumbel_temperature(step, config.steps))
             lr = learning_rate(step, config.steps, config.optim)
             set_learning_rate(optimizer, lr)
-            adversarial = perceptual = None
-            with run.autocast():
-                output = tokenizer(image_BCDHW, crops.level)
-                if adversary is not None and gate.is_open(config.loss.gan_gate_loss):
-                    score_fake = adversary(output.reconstruction, crops.level)
-                    adversarial = generator_adversarial_loss(score_fake.float())
-                if lpips is not None:
-                    slices_BS = draw_slices(
-                        image_BCDHW.shape[2],
-                        seed=config.seed,
-                        step=step,
-                        samples=batch.indices,
-                        limit=config.loss.lpips_max_slices,
-                    )
-                    perceptual = perceptual_loss(lpips, output.reconstruction, image_BCDHW, slices_BS)
-            losses = GeneratorLosses(
-                reconstruction=reconstruction_loss(output.reconstruction.float(), image_BCDHW),
-                diversity=output.diversity,
-                sharpness=output.sharpness,
-                perceptual=perceptual,
-                codebook=output.codebook_loss,
-                adversarial=adversarial,
-            )
-            loss = losses.total(weights)
-            terms = {f"loss/{name}": term for name, term in vars(losses).items() if term is not None}
-            grad_norm = run.update(loss, optimizer, config.optim.max_grad_norm, crops.keys)
-            scalars: dict[str, float | Tensor] = {"lr": lr, "grad_norm": grad_norm, **terms}
+            usage_K = whole_usage(run, tokenizer, images, level) if len(parts) > 1 else None
+            gate_open = gate.is_open(config.loss.gan_gate_loss)
+            reconstructions = []
+            for image_BCDHW, crops, samples in passes(network, list(zip(images, parts, indices, strict=True))):
+                adversarial = perceptual = None
+                with run.autocast():
+                    output = network(image_BCDHW, level)
+                    if judge is not None and gate_open:
+                        with frozen(judge):
+                            score_fake = judge(output.reconstruction, level)
+                        adversarial = generator_adversarial_loss(score_fake.float())
+                    if lpips is not None:
+                        slices_BS = draw_slices(
+                            image_BCDHW.shape[2],
+                            seed=config.seed,
+                            step=step,
+                            samples=samples,
+                            limit=config.loss.lpips_max_slices,
+                        )
+                        perceptual = perceptual_loss(lpips, output.reconstruction, image_BCDHW, slices_BS)
+                diversity = output.diversity
+                if usage_K is not None:
+                    probabilities = tokenizer.quantizer.probabilities(output.logits)
+                    diversity = diversity_of_part(probabilities, usage_K)
+                losses = GeneratorLosses(
+                    reconstruction=reconstruction_loss(output.reconstruction.float(), image_BCDHW),
+                    diversity=diversity,
+                    sharpness=output.sharpness,
+                    perceptual=perceptual,
+                    codebook=output.codebook_loss,
+                    adversarial=adversarial,
+                )
+                terms = {f"loss/{name}": term for name, term in vars(losses).items() if term is not None}
+                run.backward(losses.total(weights), crops.keys, terms)
+                reconstructions.append(output.reconstruction.detach())
+            scalars: dict[str, float | Tensor] = {"lr": lr}
+            scalars |= run.update(optimizer, config.optim.max_grad_norm)
+            if average is not None and config.ema_decay is not None:
+                follow(average, tokenizer, config.ema_decay)
 
             # Discriminator: learns from the first step on, so that the gate can tell when it is good.
-            if adversary is not None:
+            if trained_judge is not None:
                 adversary_optim = config.discriminator.optim
-                lr = learning_rate(step, config.steps, adversary_optim)
-                set_learning_rate(optimizers["discriminator"], lr)
-                with run.autocast():
-                    score_real = adversary(image_BCDHW, crops.level)
-                    score_fake = adversary(output.reconstruction.detach(), crops.level)
-                adversary_loss = discriminator_loss(score_real.float(), score_fake.float())
-                run.update(
-                    adversary_loss, optimizers["discriminator"], adversary_optim.max_grad_norm, crops.keys
+                set_learning_rate(
+                    optimizers["discriminator"], learning_rate(step, config.steps, adversary_optim)
                 )
-                gate = gate.updated(adversary_loss.item(), momentum=config.loss.gan_gate_momentum)
+                pairs = list(zip(images, reconstructions, parts, strict=True))
+                for real_BCDHW, fake_BCDHW, crops in passes(trained_judge, pairs):
+                    with run.autocast():
+                        # One call for both: processes average gradients once for each call.
+                        both = trained_judge(torch.cat([real_BCDHW, fake_BCDHW.to(real_BCDHW.dtype)]), level)
+                    score_real, score_fake = both.float().chunk(2)
+                    run.backward(discriminator_loss(score_real, score_fake), crops.keys)
+                found = run.update(optimizers["discriminator"], adversary_optim.max_grad_norm)
+                # The gate decides what the next step computes: the one number that the host must wait for.
+                gate = gate.updated(float(found["loss"]), momentum=config.loss.gan_gate_momentum)
                 run.numbers = gate._asdict()
-                scalars |= {"discriminator_loss": gate.last, "gan_gate_open": adversarial is not None}
+                scalars |= {"discriminator_loss": gate.last, "gan_gate_open": gate_open}
 
-            run.finish_step(step, loss.item(), len(crops.keys), scalars)
+            run.finish_step(step, scalars)
 
             if run.due(step, config.intervals.validate_every_steps):
                 measured = validate(run, step, tokenizer, data)
             if run.due(step, config.intervals.save_every_steps):
                 run.save(step + 1)
         return run.summary(measured or validate(run, config.steps - 1, tokenizer, data))
+
+
+def in_layout(model: Network, layout: torch.memory_format) -> Network:
+    """`model` with its weights in a memory layout."""
+    return model.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """What is computed meanwhile leaves no gradient in the weights of `model`."""
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)
+
+
+def whole_usage(run: Run, tokenizer: Tokenizer, images: Sequence[Tensor], level: int) -> Tensor:
+    """m (K) of the whole batch of all processes: what no single pass over a part of it can know."""
+    with torch.no_grad(), run.autocast():
+        probabilities = [
+            tokenizer.quantizer.probabilities(tokenizer.encode(image, level)).flatten(0, -2) for image in images
+        ]
+    return mean_usage(torch.cat(probabilities), across_ranks=True)
 
 
 def validate(run: Run, step: int, tokenizer: Tokenizer, data: RunData) -> dict[str, float]:
@@ -151,6 +217,7 @@ def validate(run: Run, step: int, tokenizer: Tokenizer, data: RunData) -> dict[s
     tokens together: how many codes they are spread over, and which share is the likeliest of some token.
     """
     means, rows, usages, best = Means(), [], [], []
+    by_modality: dict[str, list[CodebookUse]] = defaultdict(list)
     with evaluating(tokenizer):
         for batch in data.validation:
             crops = render(batch, run.device)
@@ -166,7 +233,10 @@ def validate(run: Run, step: int, tokenizer: Tokenizer, data: RunData) -> dict[s
                     "token_entropy": output.sharpness,
                 },
             )
-            usages += [mean_usage(of_image, across_ranks=False) for of_image in probabilities]
+            for key, of_image in zip(crops.keys, probabilities, strict=True):
+                usages.append(mean_usage(of_image, across_ranks=False))
+                entropies = torch.special.entr(of_image).sum(dim=-1).flatten().cpu().numpy()
+                by_modality[data.modalities[key]].append(CodebookUse(usages[-1], entropies))
             best.append(probabilities.argmax(dim=-1).flatten())
             for key, image, restored in zip(crops.keys, crops.voxels, reconstruction, strict=True):
                 panels = [middle_slice(image), middle_slice(restored)]
@@ -177,6 +247,16 @@ def validate(run: Run, step: int, tokenizer: Tokenizer, data: RunData) -> dict[s
     }
     measured = {f"{data.validation_name}/{name}": value for name, value in (means.result() | codebook).items()}
     run.log(step, measured)
-    title = f"tokenizer, step {step + 1}"
-    contact_sheet(run.picture_file(step), title, ["input", "reconstruction"], rows)
+    if run.world.rank == 0:
+        title = f"tokenizer, step {step + 1}"
+        rows.sort(key=lambda row: row.caption)  # by modality, then image; each says its DA level
+        contact_sheet(run.picture_file(step), title, ["input", "reconstruction"], rows)
+        used = {name: _together(by_modality[name]) for name in sorted(by_modality)}
+        codebook_use(run.codebook_file(step), f"use of the codebook, step {step + 1}", used)
     return measured
+
+
+def _together(uses: Sequence[CodebookUse]) -> CodebookUse:
+    """Of several images, each counting the same."""
+    usage_K = torch.stack([use.usage for use in uses]).mean(dim=0)
+    return CodebookUse(usage_K, np.concatenate([use.entropies for use in uses]))

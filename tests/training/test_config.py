@@ -35,6 +35,36 @@ def test_the_paper_presets_hold_the_numbers_of_the_paper():
     assert (mim.optim.peak_lr, mim.optim.max_grad_norm) == (2e-5, 0.5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_preset_of_a_large_gpu_is_the_paper_but_for_speed(kind):
+    before = load_preset(kind, "paper").model_dump(mode="json")
+    changed = {line.split(" was ")[0] for line in changed_fields(before, load_preset(kind, "h200"))}
+    assert changed == {"compile", "precision"} | ({"channels_last"} if kind == "tokenizer" else set())
+    assert load_preset(kind, "h200").precision == "bf16"
+
+
+def test_the_small_preset_is_a_fraction_of_the_paper_on_a_cpu():
+    small, paper = load_preset("tokenizer", "small"), load_preset("tokenizer", "paper")
+    assert 256 <= small.model.codebook_size < paper.model.codebook_size
+    assert all(ours < theirs for ours, theirs in zip(small.model.channels, paper.model.channels, strict=True))
+    assert (small.device, small.precision, small.compile) == ("cpu", "fp32", False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_beyond_the_paper_are_off_in_its_preset(kind):
+    config = load_preset(kind, "paper")
+    assert (config.compile, config.ema_decay, config.data.accumulate) == (False, None, 1)
+    if kind == "mim":
+        assert (config.optim.layer_lr_decay, config.optim.patch_gradient_scale) == (1, 1)
+        assert config.parallel == "ddp"
+
+
+def test_shards_do_not_go_with_compile_and_fp16():
+    for other in ("compile=true", "precision=fp16"):
+        with pytest.raises(SetupError, match="parallel fsdp does not go with"):
+            load_preset("mim", "tiny", ["parallel=fsdp", other])
+
+
 def test_overrides_are_yaml_and_reach_any_depth():
     config = load_preset(
         "tokenizer",

@@ -122,6 +122,21 @@ def test_boxes_hold_the_stored_voxels(prepared: Prepared) -> None:
         assert crops.keys == batch.keys
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_the_parts_of_a_batch_hold_its_boxes_in_order(prepared: Prepared, parts: int) -> None:
+    corpus, rows, _ = prepared
+    for batch in make_loader(corpus, planner(rows), 0, 5, 0):
+        split = batch.split(parts)
+        assert len(split) == parts
+        assert max(len(part.keys) for part in split) - min(len(part.keys) for part in split) <= 1
+        assert [key for part in split for key in part.keys] == [*batch.keys]
+        assert [index for part in split for index in part.indices] == [*batch.indices]
+        boxes = [box for part in split for box in part.boxes]
+        assert all(torch.equal(box, whole) for box, whole in zip(boxes, batch.boxes, strict=True))
+    with pytest.raises(SetupError, match=r"data\.accumulate"):
+        batch.split(6)
+
+
 def test_boxes_read_side_by_side_do_not_mix(prepared: Prepared) -> None:
     corpus, rows, arrays = prepared
     many, reader = planner(rows, batch_size=40), ShardReader(corpus.shards)

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from training.config import OptimConfig
-from training.optim import adamw, learning_rate, parameter_groups, set_learning_rate
+from training.config import MimOptimConfig, OptimConfig
+from training.mim import MaskedImageModel, MIMConfig
+from training.optim import adamw, follow, learning_rate, mim_adamw, parameter_groups, set_learning_rate
+from training.vit import ViTConfig
 
 
 def config(warmup: int = 10, peak: float = 1e-3, minimum: float = 1e-6) -> OptimConfig:
@@ -76,3 +78,41 @@ def test_the_learning_rate_stays_between_zero_and_the_peak(steps, warmup, peak, 
     rates = [learning_rate(step, steps, optim) for step in range(steps)]
     assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
     assert all(rate >= optim.min_lr * (1 - 1e-12) for rate in rates[optim.warmup_steps :])
+
+
+def mim_model() -> MaskedImageModel:
+    vit = ViTConfig(dim=16, depth=2, heads=2, position_grid=(1, 2, 2))
+    return MaskedImageModel(MIMConfig(vit=vit, codebook_size=8, mask_layer_ids=(0, 1)))
+
+
+def test_layers_of_a_vit_learn_at_rates_that_fall_towards_its_input():
+    model = mim_model()
+    chosen = MimOptimConfig(**config().model_dump(), layer_lr_decay=0.5, patch_gradient_scale=0.1)
+    optimizer = mim_adamw(model, chosen)
+    set_learning_rate(optimizer, 1.0)
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    assert groups.keys() == set(model.parameters())
+    vit = model.vit
+    assert groups[vit.patch_embedding.weight]["lr"] == groups[vit.position_table]["lr"] == 0.125
+    assert groups[model.mask_token]["lr"] == groups[vit.class_token]["lr"] == 0.125
+    assert groups[vit.blocks[0].mlp.out.weight]["lr"] == 0.25
+    assert groups[vit.blocks[1].norm1.weight]["lr"] == 0.5
+    assert groups[vit.norm.weight]["lr"] == groups[model.head[2].weight]["lr"] == 1.0
+    scaled = {parameter for parameter, group in groups.items() if group["gradient_scale"] == 0.1}
+    assert scaled == set(vit.patch_embedding.parameters())
+    assert groups[vit.blocks[0].mlp.out.weight]["weight_decay"] == 0.05
+    assert groups[vit.blocks[0].mlp.out.bias]["weight_decay"] == 0
+
+
+def test_without_such_options_a_vit_has_two_groups():
+    assert len(mim_adamw(mim_model(), MimOptimConfig(**config().model_dump())).param_groups) == 2
+
+
+def test_an_average_follows_the_weights():
+    model, average = nn.Linear(2, 2), nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        average.weight.fill_(0.0)
+    follow(average, model, 0.9)
+    follow(average, model, 0.9)
+    torch.testing.assert_close(average.weight, torch.full((2, 2), 1 - 0.9**2))

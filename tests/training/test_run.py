@@ -19,6 +19,7 @@ from torch import nn
 from catalog.errors import SetupError
 from training.config import TokenizerRunConfig, load_preset
 from training.optim import adamw, learning_rate, set_learning_rate
+from training.parallel import replicated
 from training.run import Run, TrainingDivergedError, TrainingInterrupted, choose_device, newest_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,13 +38,16 @@ def train(folder: Path, resume: bool = False, *overrides: str, each_step=lambda 
     with Run(folder, chosen, **({"fingerprints": FINGERPRINTS} | kwargs), resume=resume) as run:
         model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
         optimizer = adamw(model, chosen.optim)
-        run.restore({"model": model}, {"optimizer": optimizer})
+        run.restore({"model": model}, {"model": optimizer})
+        network = replicated(model, run.world)
         for step in run.steps():
             x = torch.randn(8, 4)
             set_learning_rate(optimizer, learning_rate(step, chosen.steps, chosen.optim))
-            loss = each_step(step, (model(x) - x.sum(1, keepdim=True)).square().mean())
-            run.update(loss, optimizer, 1.0, keys=[f"ds/image{step}"])
-            run.finish_step(step, loss.item(), len(x), {})
+            loss = each_step(step, (network(x) - x.sum(1, keepdim=True)).square().mean())
+            images = f"ds/image{step}" + (f"-{run.world.rank}" if run.world.size > 1 else "")
+            run.backward(loss, [images] * len(x))
+            run.update(optimizer, 1.0)
+            run.finish_step(step, {})
             if run.due(step, chosen.intervals.save_every_steps):
                 run.save(step + 1)
         return run.summary({"psnr": 20.0})
@@ -58,7 +62,7 @@ def assert_same_result(folder: Path, other: Path) -> None:
     expected = weights(other)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(folder).items())
     states = [torch.load(newest_checkpoint(run) / "training.pt", weights_only=True) for run in (folder, other)]
-    assert torch.equal(states[0]["rng"]["cpu"], states[1]["rng"]["cpu"])
+    assert torch.equal(states[0]["rng"][0]["cpu"], states[1]["rng"][0]["cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,15 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_beginning(uni
     train(folder, True)
     assert_same_result(folder, uninterrupted)
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_the_curves_of_a_resumed_run_are_whole(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(newest_checkpoint(folder))
+    train(folder, True)
+    log = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in log.Scalars("loss")] == list(range(1, 13))
 
 
 def test_resuming_a_finished_run_does_nothing_and_reports_it_again(uninterrupted, tmp_path):
@@ -210,6 +223,27 @@ def test_three_steps_running_without_a_finite_loss_stop_the_run_and_name_the_ima
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
+def test_a_host_that_reads_one_step_behind_sees_the_same(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.run.steps_behind", lambda device: 1)
+    rarely = ("intervals.log_every_steps=100", "intervals.save_every_steps=7")
+    train(tmp_path / "run", False, *rarely)
+    assert_same_result(tmp_path / "run", uninterrupted)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", uninterrupted)]
+    assert summaries[0]["first_loss"] == summaries[1]["first_loss"]
+    assert summaries[0]["last_loss"] == summaries[1]["last_loss"]
+
+
+def test_a_host_that_reads_one_step_behind_still_names_the_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.run.steps_behind", lambda device: 1)
+
+    def bad_from_step_4(step, loss):
+        return loss * float("nan") if step >= 4 else loss
+
+    with pytest.raises(TrainingDivergedError, match=r"ds/image4.*ds/image5.*ds/image6") as stopped:
+        train(tmp_path / "run", False, "intervals.log_every_steps=100", each_step=bad_from_step_4)
+    assert "ds/image7" not in str(stopped.value)
+
+
 def test_two_bad_steps_are_skipped_and_forgotten_after_a_good_one(tmp_path):
     def mostly_bad(step, loss):
         return loss * float("inf") if step % 3 else loss
@@ -243,10 +277,3 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
 def test_bfloat16_runs_on_the_cpu(tmp_path):
     with Run(tmp_path, config("precision=bf16"), fingerprints={}, resume=False) as run, run.autocast():
         assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.bfloat16
-
-
-def test_only_rank_0_writes(tmp_path):
-    from training.run import World
-
-    train(tmp_path / "run", world=World(rank=1, size=2))
-    assert not (tmp_path / "run").exists()

@@ -77,6 +77,8 @@ def test_curves_and_pictures_are_written(whole):
     assert all(0 <= event.value <= 1 for event in log.Scalars("loader/wait_share"))
     assert all(event.value > 0 for event in log.Scalars("loader/decode_ms_per_crop"))
     assert [p.name for p in sorted((whole / "pictures").iterdir())] == [
+        "codebook-00000003.png",
+        "codebook-00000006.png",
         "step-00000003.png",
         "step-00000006.png",
     ]
@@ -88,10 +90,10 @@ def test_other_quantizers_train_and_load_as_what_they_are(quantizer, toy_corpus,
     temperatures = []
     update = Run.update
 
-    def watch(self, loss, optimizer, *rest):
+    def watch(self, optimizer, *rest):
         temperatures.append(dict(models["model"].named_buffers()).get("quantizer.temperature"))
         temperatures[-1] = None if temperatures[-1] is None else float(temperatures[-1])
-        return update(self, loss, optimizer, *rest)
+        return update(self, optimizer, *rest)
 
     models = {}
     restore = Run.restore

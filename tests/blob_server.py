@@ -1,6 +1,6 @@
 """A store on loopback that speaks what clients of Google's, of Azure's and of plain web servers speak.
 
-No emulator on PyPI serves the interfaces that obstore uses: Google's XML interface with conditions on
+No emulator was found that serves the interfaces that obstore uses: Google's XML interface with conditions on
 generations, and Azure's blobs. This is as much of them as a corpus needs, in memory, in threads of the test.
 """
 

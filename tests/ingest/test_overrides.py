@@ -188,6 +188,7 @@ def test_a_wrong_file_stops_before_anything_is_done(
         assert word in result.stderr
 
 
+@pytest.mark.slow
 def test_keys_of_private_datasets_are_ids(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from catalog.query import load_catalog
 

@@ -94,6 +94,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(prepared: Path, tmp_path: 
     assert published_files(tmp_path / "data") == published_files(prepared)
 
 
+@pytest.mark.slow
 def test_parts_first_then_the_whole(prepared: Path, tmp_path: Path, samples: Path) -> None:
     data = tmp_path / "data"
     first = ingest(samples.parent, data, "--limit", "3")
@@ -104,7 +105,7 @@ def test_parts_first_then_the_whole(prepared: Path, tmp_path: Path, samples: Pat
     assert set(rows(data)["key"].to_pylist()) == set(rows(prepared)["key"].to_pylist())
 
 
-@pytest.mark.parametrize("records", [1, 4, 8])
+@pytest.mark.parametrize("records", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 8))])
 def test_killed_driver_resumes_to_the_same_bytes(
     records: int, prepared: Path, tmp_path: Path, samples: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_two_processes_train_a_tokenizer_as_one_does(toy_corpus, alone, tmp_path
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
 
 
+@pytest.mark.slow
 def test_passes_over_parts_of_a_batch_add_up_to_the_whole(toy_corpus, alone, tmp_path):
     Training(toy_corpus).run(tmp_path / "run", settings=("data.accumulate=3",))
     assert_like(tmp_path / "run", alone)
@@ -283,6 +284,7 @@ def test_three_of_them_stop_all_and_name_the_images_of_the_process_concerned(tmp
     assert "ds/image4-0" not in said
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_exported_on_request(toy_corpus, tmp_path):
     Training(toy_corpus).run(tmp_path / "run", settings=("ema_decay=0.5", "channels_last=true"))
     kept = weights(tmp_path / "run")

@@ -136,7 +136,10 @@ def undisturbed(toy_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.parametrize(("name", "code", "steps"), [("SIGKILL", -9, 4), ("SIGTERM", 3, 5)])
+@pytest.mark.parametrize(
+    ("name", "code", "steps"),
+    [("SIGKILL", -9, 4), pytest.param("SIGTERM", 3, 5, marks=pytest.mark.slow)],
+)
 def test_a_process_that_was_stopped_resumes_and_ends_the_same(
     name, code, steps, toy_corpus, undisturbed, tmp_path
 ):

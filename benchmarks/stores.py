@@ -1,6 +1,6 @@
 """Reading boxes of a corpus in an object store: against the same corpus in a folder, and against TensorStore.
 
-    python benchmarks/streaming.py [--quick] [--json FILE]
+    python benchmarks/stores.py [--quick] [--json FILE]
 
 A store on loopback (benchmarks/server/slow_store.py) answers each request after 0, 20 or 50 ms. One process
 reads batches of 16 boxes of 64-80 x 96-256 x 96-256 voxels from noisy synthetic CT (about 1.2 bytes a voxel).
@@ -211,7 +211,7 @@ def main() -> None:
             shutil.rmtree(Path(folder) / "cache")
     if options.json is not None:
         machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
-        report = {"benchmark": "streaming", "machine": machine, "rows": rows}
+        report = {"benchmark": "stores", "machine": machine, "rows": rows}
         options.json.write_text(json.dumps(report, indent=2))
 
 

@@ -162,6 +162,13 @@ def read_batches(
             yield _completed(pa.Table.from_batches([batch]), wanted, added)
 
 
+def row_count(corpus: Corpus, dataset: str) -> int:
+    """Rows of a dataset's catalog, ingested or not; only its end is read. Raises SetupError if damaged."""
+    path = corpus.catalog_file(dataset)
+    with _naming_damage(path, remedy_of(dataset)):
+        return int(pq.read_metadata(path).num_rows)
+
+
 def check_version(path: Path) -> None:
     """Raise SetupError if a Parquet file of the corpus is damaged at its end or of a newer version."""
     remedy = "Restore it, or type `pumit-data verify --repair`."

@@ -26,7 +26,7 @@ from catalog.split import split_fingerprints
 from catalog.store import Location
 from shards.cache import CacheConfig
 from shards.layout import LAYOUT_VERSION
-from shards.remote import open_reader
+from shards.remote import Reader, open_reader
 from training.config import DataConfig, RunConfig
 from training.images import CODED_COLUMNS, IMAGE_COLUMNS, is_text
 from training.loader import BatchLoader, RawBatch, make_loader, read_batch
@@ -80,11 +80,8 @@ def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | N
     selection = Selection(corpus, mix, dedup=config.data.dedup)
     candidates = Candidates(config.validation_images)
     planner = plan_batches(corpus, crop, config.data.batch_size, config.seed, candidates, selection)
-    measured, held_out = choose_images(candidates.table(), config.validation_images)
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
-    batches = ValidationPlanner(measured, shown, config.data.batch_size)
     reader = open_reader(corpus.shards, cache_of(config.data))
-    columns = (measured[name].to_pylist() for name in ("dataset", "key", "modality"))
     digests = catalog_digests(corpus)
     split, splits = split_fingerprints(corpus, digests)
     fingerprints = {"split": split, "catalog": united_fingerprint(digests), **selection.fingerprints}
@@ -102,12 +99,13 @@ def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | N
         raise SetupError(
             f"the catalog below {corpus.root} changed while it was read: wait for the ingest, then start again"
         )
+    measured = _read_validation(reader, candidates, config.validation_images, shown, config.data.batch_size)
     return RunData(
         corpus=corpus,
         planner=planner,
-        validation=[read_batch(reader, batches.plan(number)) for number in range(len(batches))],
-        validation_name="validation" if held_out else "training_images",
-        modalities={f"{dataset}/{key}": modality for dataset, key, modality in zip(*columns, strict=True)},
+        validation=measured.batches,
+        validation_name="validation" if measured.held_out else "training_images",
+        modalities=measured.modalities,
         fingerprints=fingerprints,
         lock=lock_text(lock),
     )
@@ -115,10 +113,10 @@ def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | N
 
 @dataclass(frozen=True)
 class Validation:
-    """Images to measure a finished model on."""
+    """Images to measure a model on."""
 
     batches: list[RawBatch]
-    """Centre crops of the size that the paper trains its tokenizer on."""
+    """Centre crops."""
     modalities: dict[str, str]
     """`dataset/key` -> modality."""
     held_out: bool
@@ -126,17 +124,23 @@ class Validation:
 
 
 def open_validation(place: Location, images: int) -> Validation:
-    """Read up to `images` held-out images, of every dataset and modality.
+    """Read up to `images` held-out images, of every dataset and modality, to evaluate a finished model on.
 
-    Raises SetupError if nothing is ingested.
+    Crops have the size that the paper trains its tokenizer on. Raises SetupError if nothing is ingested.
     """
     corpus = open_corpus(place)
     candidates = Candidates(images)
     with contextlib.closing(_ingested(corpus, None)) as tables:
         for table in tables:
             candidates.seen(table)
+    return _read_validation(open_reader(corpus.shards), candidates, images, _EVALUATED, _EVALUATED_AT_ONCE)
+
+
+def _read_validation(
+    reader: Reader, candidates: Candidates, images: int, crop: CropGeometry, at_once: int
+) -> Validation:
     chosen, held_out = choose_images(candidates.table(), images)
-    planner, reader = ValidationPlanner(chosen, _EVALUATED, _EVALUATED_AT_ONCE), open_reader(corpus.shards)
+    planner = ValidationPlanner(chosen, crop, at_once)
     columns = (chosen[name].to_pylist() for name in ("dataset", "key", "modality"))
     return Validation(
         batches=[read_batch(reader, planner.plan(number)) for number in range(len(planner))],

@@ -20,19 +20,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from catalog.durable import sync
 from catalog.errors import SetupError
 from catalog.lock import LOCK_FILE, read_lock
 from training.config import MimRunConfig, TokenizerRunConfig, parse
+from training.fit import misfits
 from training.mim import MaskedImageModel, MIMConfig
 from training.models import build_mim, build_tokenizer
 from training.run import newest_checkpoint, read_state, write_json
 from training.tokenizer import Tokenizer, TokenizerConfig
 from training.vit import UniversalViT, ViTConfig
+from training.weights import read_tensors
 
 Model = Tokenizer | MaskedImageModel | UniversalViT
 Kind = Literal["tokenizer", "mim", "vit"]
@@ -89,16 +90,9 @@ def load_pretrained(place: str | Path, *, average: bool = False) -> Model:
     file = folder / (_AVERAGE if average else _WEIGHTS)
     if average and not file.is_file():
         raise SetupError(f"{folder} holds no moving average: train with --set ema_decay=0.9999 to keep one")
-    tensors = _tensors(file)
+    tensors = read_tensors(file)
     model = _blank(folder, tensors)
-    own = model.state_dict()
-    problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(tensors.keys() - own.keys())]
-    problems += [
-        f"{name} has shape {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
+    problems = misfits(tensors, model.state_dict())
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise SetupError(
@@ -306,16 +300,6 @@ def _description(folder: Path) -> Description:
         return Description.model_validate(content)
     except ValidationError as error:
         raise SetupError(f"{file} is not valid: {error}") from error
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise SetupError(f"there is no weight file {file}")
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise SetupError(f"{file} is not a readable safetensors file: {error}. Fetch it again.") from error
-    return tensors
 
 
 def _from_hub(repository: str) -> Path:

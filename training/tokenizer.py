@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from catalog.errors import SetupError
+from training.fit import misfits
 from training.quantizer import GumbelQuantizer, NearestQuantizer, SoftQuantizer
 from training.sac import DepthMerge, SACConv3d, SACConvBlock, SACTransposedConv3d, SpatialState
 
@@ -204,13 +205,7 @@ def load_reference(tokenizer: Tokenizer, state: Mapping[str, Tensor]) -> None:
     """
     names = reference_names(tokenizer.config)
     own = tokenizer.state_dict()
-    problems = [f"{name} is missing" for name in sorted(names.keys() - state.keys())]
-    problems += [f"{name} is unexpected" for name in sorted(state.keys() - names.keys())]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, the configuration makes it {tuple(own[ours].shape)}"
-        for name, ours in names.items()
-        if name in state and state[name].shape != own[ours].shape
-    ]
+    problems = misfits(state, {theirs: own[ours] for theirs, ours in names.items()})
     if problems:
         raise SetupError(
             f"the weights do not fit the tokenizer ({len(problems)} of {len(names)} parameters): "

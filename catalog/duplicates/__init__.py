@@ -12,7 +12,7 @@ from catalog.duplicates.pictures import FEATURES_VERSION
 from catalog.durable import replacing
 from catalog.errors import SetupError
 from catalog.manifest import digest_of, read_manifest
-from catalog.query import load_dataset, read_batches, read_table, remedy_of
+from catalog.query import load_dataset, read_batches, read_table, remedy_of, row_count
 from catalog.schema import DUPLICATES_SCHEMA
 from catalog.write import write_table
 
@@ -50,32 +50,36 @@ def superfluous(groups: pa.Table) -> pa.Table:
     return groups.filter(pc.invert(groups["kept"])).select(["dataset", "key"])
 
 
-_STATE = b"pumit_catalogs"
+_STATE = b"pumit_features"
 
 
 def state_of(corpus: Corpus) -> dict[bytes, bytes]:
-    """Metadata of the file of duplicates: which catalogs were looked at, by the sha256 in their manifests.
+    """Metadata of the file of duplicates: what was looked at, so that later images are not taken for compared.
 
-    To be taken before the catalogs are read. Raises SetupError if a manifest is damaged.
+    To be taken before the images are read. Raises SetupError if a manifest or a catalog is damaged.
     """
-    return {_STATE: json.dumps(_catalogs(corpus), sort_keys=True).encode()}
+    return {_STATE: json.dumps(_looked_at(corpus), sort_keys=True).encode()}
 
 
 def changed_since(corpus: Corpus, groups: pa.Table) -> list[str]:
-    """Datasets whose catalogs are not those in which `groups` were found, sorted.
+    """Datasets whose images are not those among which `groups` were found, sorted.
 
     An empty list also where the file does not say which they were. Raises SetupError if a manifest is damaged.
     """
     state = (groups.schema.metadata or {}).get(_STATE)
     if state is None:
         return []
-    then, now = json.loads(state), _catalogs(corpus)
+    then, now = json.loads(state), _looked_at(corpus)
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
 
-def _catalogs(corpus: Corpus) -> dict[str, str | None]:
+def _looked_at(corpus: Corpus) -> dict[str, list[str | int | None]]:
+    """By dataset: the sha256 of its features, which a repack or a new weight leaves alone, and its rows."""
     return {
-        dataset: read_manifest(corpus.manifest_file(dataset)).get(corpus.name_of(corpus.catalog_file(dataset)))
+        dataset: [
+            read_manifest(corpus.manifest_file(dataset)).get(corpus.name_of(corpus.features_file(dataset))),
+            row_count(corpus, dataset),
+        ]
         for dataset in corpus.datasets()
     }
 
@@ -83,7 +87,7 @@ def _catalogs(corpus: Corpus) -> dict[str, str | None]:
 def write_groups(corpus: Corpus, groups: pa.Table, state: dict[bytes, bytes]) -> None:
     """Replace the file of duplicates and the checksum beside it; `groups` of DUPLICATES_SCHEMA.
 
-    `state` is what `state_of` said before the catalogs were read. Killed in between it leaves a file without a
+    `state` is what `state_of` said before the images were read. Killed in between it leaves a file without a
     checksum, which `verify` tells of.
     """
     digest_file = corpus.duplicates_digest_file

@@ -345,6 +345,10 @@ def test_duplicates_of_another_catalog_are_refused(tmp_path: Path) -> None:
     merge_dataset(corpus, "ixi", [rows_of("ixi", 1)[0] | {"key": "late"}], [])
     with pytest.raises(CopiesUnknownError, match="before the catalog of ixi became what it is"):
         Selection(corpus, mix(dedup=True))
+    write_groups(corpus, [])
+    recoded = rows_of("ixi", 1)[0] | {"shard_path": "ixi/other.train.zarr", "sampling_weight": 3.0}
+    merge_dataset(corpus, "ixi", [recoded], [])
+    Selection(corpus, mix(dedup=True))  # another codec and another weight make no other image
     write_groups(corpus, [], told=False)
     Selection(corpus, mix(dedup=True))  # nobody says that anything changed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from catalog.store import Location
 from training.augment import render
-from training.config import TokenizerRunConfig
+from training.config import TokenizerModelConfig, TokenizerRunConfig
 from training.data import RunData, open_data
 from training.discriminator import PatchDiscriminator
 from training.losses import (
@@ -59,10 +59,11 @@ def train(
     resume: bool,
     licences: Mapping[str, str | None] | None = None,
     world: World = World(),  # noqa: B008 - an immutable constant
+    build: Callable[[TokenizerModelConfig], Tokenizer] = build_tokenizer,
 ) -> dict[str, Any]:
     """Train a tokenizer on the corpus at `corpus`; checkpoints, curves and pictures go to `run_dir`.
 
-    `licences` as of `open_data`. Every process of the `world` calls.
+    `licences` as of `open_data`. Every process of the `world` calls. `build` makes the network.
 
     Returns first and last loss, images per second and the last validation, as written to summary.json.
     Raises SetupError (corpus, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).
@@ -74,7 +75,7 @@ def train(
     ) as run:
         # Networks
         layout = torch.channels_last_3d if config.channels_last else torch.contiguous_format
-        tokenizer = in_layout(build_tokenizer(config.model).to(run.device), layout)
+        tokenizer = in_layout(build(config.model).to(run.device), layout)
         optimizer = adamw(tokenizer, config.optim)
         models: dict[str, nn.Module] = {"model": tokenizer}
         optimizers: dict[str, torch.optim.Optimizer] = {"model": optimizer}

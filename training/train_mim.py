@@ -135,7 +135,7 @@ def validate(
     run.log(step, measured)
     if run.world.rank == 0:
         columns = ["input", "tokenizer", "masked", "prediction"]
-        rows.sort(key=lambda row: row.caption)  # by modality, then image; each says its DA level
+        rows.sort(key=lambda row: row.caption)  # by modality, then DA level
         contact_sheet(run.picture_file(step), f"masked image modelling, step {step + 1}", columns, rows)
     return measured
 

@@ -250,7 +250,7 @@ def validate(run: Run, step: int, tokenizer: Tokenizer, data: RunData) -> dict[s
     run.log(step, measured)
     if run.world.rank == 0:
         title = f"tokenizer, step {step + 1}"
-        rows.sort(key=lambda row: row.caption)  # by modality, then image; each says its DA level
+        rows.sort(key=lambda row: row.caption)  # by modality, then DA level
         contact_sheet(run.picture_file(step), title, ["input", "reconstruction"], rows)
         used = {name: _together(by_modality[name]) for name in sorted(by_modality)}
         codebook_use(run.codebook_file(step), f"use of the codebook, step {step + 1}", used)

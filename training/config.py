@@ -273,7 +273,7 @@ class MimRunConfig(RunConfig):
         return self
 
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
     "tokenizer": TokenizerRunConfig,
@@ -298,6 +298,11 @@ def load_preset(kind: Kind, name: str, overrides: Sequence[str] = ()) -> Tokeniz
     Values are read as YAML. Raises SetupError for an unknown preset or field (with the closest name) and
     for a value that is not allowed.
     """
+    return preset_of(_CONFIGS[kind], kind, name, overrides)
+
+
+def preset_of(config_type: type[Config], kind: str, name: str, overrides: Sequence[str] = ()) -> Config:
+    """The same for any kind of settings that has presets `training/presets/{kind}-{name}.yaml`."""
     if name not in preset_names(kind):
         raise SetupError(
             f"there is no {kind} preset {name!r}.{_closest(name, preset_names(kind))} "
@@ -305,8 +310,8 @@ def load_preset(kind: Kind, name: str, overrides: Sequence[str] = ()) -> Tokeniz
         )
     content = yaml.safe_load((_presets() / f"{kind}-{name}.yaml").read_text())
     for override in overrides:
-        _set(content, override, _CONFIGS[kind])
-    return parse(_CONFIGS[kind], content, f"{kind} preset {name}")
+        _set(content, override, config_type)
+    return parse(config_type, content, f"{kind} preset {name}")
 
 
 def parse(config_type: type[Config], content: object, origin: str) -> Config:
@@ -321,7 +326,7 @@ def parse(config_type: type[Config], content: object, origin: str) -> Config:
         raise SetupError(f"{origin}: {'; '.join(problems)}") from None
 
 
-def preset_names(kind: Kind) -> list[str]:
+def preset_names(kind: str) -> list[str]:
     """Names of the presets of `kind`, sorted."""
     files = (entry.name for entry in _presets().iterdir())
     return sorted(

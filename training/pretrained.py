@@ -32,6 +32,7 @@ from training.fit import misfits
 from training.mim import MaskedImageModel, MIMConfig
 from training.models import build_mim, build_tokenizer
 from training.run import newest_checkpoint, read_state, write_json
+from training.speed import SPEEDS
 from training.tokenizer import Tokenizer, TokenizerConfig
 from training.vit import UniversalViT, ViTConfig
 from training.weights import read_tensors
@@ -171,7 +172,7 @@ def training_of(place: Path) -> dict[str, Any] | None:
     summary = run / "summary.json"
     finished = json.loads(summary.read_text()) if summary.is_file() else {}
     if finished.get("steps") == state["step"]:
-        described = ("kind", "run", "steps", "images_per_second")
+        described = ("kind", "run", "steps", *SPEEDS)
         trained["measured"] = {name: value for name, value in finished.items() if name not in described}
     return trained
 

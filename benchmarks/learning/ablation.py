@@ -106,7 +106,7 @@ def _train(arm: Arm, corpus: Path, folder: Path, steps: int, seed: int) -> float
     ]
     config = load_preset("tokenizer", "small", settings)
     began = time.process_time()
-    train(config, corpus, folder, resume=False, build=arm.build)
+    train(config, corpus, folder, resume=False, make=arm.build)
     return time.process_time() - began
 
 

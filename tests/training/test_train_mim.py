@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_the_loss_falls_and_the_summary_says_how_well_it_went(toy_corpus, tokeni
     summary = train_mim.train(longer, toy_corpus, tmp_path / "run", resume=False)
     assert summary["last_loss"] < summary["first_loss"]
     assert summary["validation/kl"] >= 0
+    assert 0 < summary["validation/unigram_loss"] <= math.log(16)
     assert summary["validation/loss"] == pytest.approx(
         summary["validation/kl"] + summary["validation/target_entropy"], rel=1e-4
     )

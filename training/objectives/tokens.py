@@ -24,6 +24,7 @@ from training.objectives.masks import draw_visible, masked_panel
 from training.objectives.objective import Recipe
 from training.pictures import Row, caption, contact_sheet, middle_slice
 from training.pretrained import find_pretrained, load_tokenizer
+from training.quantizer import mean_usage, negative_entropy
 from training.run import Run
 from training.tokenizer import Tokenizer
 from training.transfer import sent
@@ -80,10 +81,11 @@ class MaskedTokens:
     def validate(self, step: int) -> dict[str, float]:
         """Measure predictions of hidden tokens under fixed masks.
 
-        Loss, KL divergence and target entropy in nats, accuracies as shares of the hidden tokens.
+        Loss, KL divergence and target entropy in nats, accuracies as shares of the hidden tokens. unigram_loss
+        is that of the best prediction that is the same everywhere: the mean distribution of these tokens.
         """
         run, data, tokenizer = self._run, self._data, self._tokenizer
-        means, rows = Means(), []
+        means, rows, usages = Means(), [], []
         with evaluating(self.encoder):
             for batch in data.validation:
                 crops = render(batch, run.device)
@@ -93,8 +95,11 @@ class MaskedTokens:
                     visible_BV = draw_visible(self._config, batch, target_logits_BLK.shape[1]).to(run.device)
                     logits_BLK = self.encoder(crops.voxels, crops.level, visible_BV)
                 means.add(len(crops.keys), mim_loss(logits_BLK, target_logits_BLK, visible_BV)._asdict())
+                tokens_BLK = target_logits_BLK.float().softmax(dim=-1)
+                usages += [mean_usage(of_image, across_ranks=False) for of_image in tokens_BLK]
                 rows += picture_rows(data, crops, tokenizer, target_logits_BdhwK, logits_BLK, visible_BV)
-        measured = {f"{data.validation_name}/{name}": value for name, value in means.result().items()}
+        found = means.result() | {"unigram_loss": -float(negative_entropy(torch.stack(usages).mean(dim=0)))}
+        measured = {f"{data.validation_name}/{name}": value for name, value in found.items()}
         run.log(step, measured)
         if run.world.rank == 0:
             columns = ["input", "tokenizer", "masked", "prediction"]

@@ -56,7 +56,7 @@ def study(corpus: Path, run: Path, out: Path, steps: int | None) -> None:
 
 
 def vit_study(corpus: Path, tokenizer: Path, run: Path, out: Path, steps: int | None) -> None:
-    """Train the ViT of preset `tiny` on the tokens of `tokenizer`, and probe what it knows of held-out subjects."""
+    """Train the ViT of preset `tiny` on the tokens of `tokenizer`; probe what it knows of held-out subjects."""
     if not (run / "summary.json").exists():
         longer = [f"steps={steps}", f"intervals.probe_every_steps={max(steps // 8, 1)}"] if steps else []
         settings = [f"tokenizer={json.dumps(str(tokenizer))}", *longer]

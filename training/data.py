@@ -47,6 +47,10 @@ class LabelledImages:
     """
 
 
+EVALUATED = CropGeometry(tokens_z=4, tokens_x=8)
+"""Crops to evaluate a finished tokenizer on, if nothing else is asked for."""
+
+
 @dataclass(frozen=True)
 class RunData:
     """The corpus as one run sees it."""
@@ -142,17 +146,17 @@ class Validation:
     """False where the corpus is too small to hold anyone out."""
 
 
-def open_validation(place: Location, images: int) -> Validation:
+def open_validation(place: Location, images: int, crop: CropGeometry = EVALUATED) -> Validation:
     """Read up to `images` held-out images, of every dataset and modality, to evaluate a finished model on.
 
-    Crops have the size that the paper trains its tokenizer on. Raises SetupError if nothing is ingested.
+    By default `crop` is what the paper trains its tokenizer on. Raises SetupError if nothing is ingested.
     """
     corpus = open_corpus(place)
     candidates = Candidates(images)
     with contextlib.closing(_ingested(corpus, None)) as tables:
         for table in tables:
             candidates.seen(table)
-    return _read_validation(open_reader(corpus.shards), candidates, images, _EVALUATED, _EVALUATED_AT_ONCE)
+    return _read_validation(open_reader(corpus.shards), candidates, images, crop, _EVALUATED_AT_ONCE)
 
 
 def _read_validation(
@@ -203,7 +207,6 @@ def _labels(corpus: Corpus, chosen: pa.Table) -> dict[str, dict[str, str]]:
     return labels
 
 
-_EVALUATED = CropGeometry(tokens_z=4, tokens_x=8)
 _EVALUATED_AT_ONCE = 4
 
 

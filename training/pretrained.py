@@ -128,6 +128,11 @@ def find_pretrained(place: str | Path) -> Path:
     )
 
 
+def weights_file(folder: Path) -> Path:
+    """The weights in a folder of `find_pretrained`."""
+    return folder / _WEIGHTS
+
+
 def export_pretrained(
     model: Model, folder: Path, trained: Mapping[str, Any] | None = None, lock: str | None = None
 ) -> None:

@@ -246,7 +246,7 @@ def test_a_killed_command_goes_on(toy_corpus: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     summary = json.loads(ended.stdout)
     assert summary["embedded"] == len(IMAGES)
-    assert summary["parts"] > 3
+    assert summary["parts"] >= 3
     assert all(path.stat().st_mtime_ns == written for path, written in done.items())
     embed(toy_corpus, model, tmp_path / "whole", level="tokens", number="float16", batch_size=16)
     assert contents(folder) == contents(tmp_path / "whole")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from itertools import product
@@ -284,3 +286,23 @@ def test_a_corpus_in_a_store_is_embedded_and_its_outage_is_no_fault_of_images(
         proxy.faults = []
         embed(place, model, tmp_path / "far")
         assert contents(tmp_path / "far") == contents(tmp_path / "near")
+
+
+def test_the_page_on_features_is_true(
+    toy_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (REPOSITORY / "docs/features.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    make_model(Path("universal-vit"), (5, 10, 10))
+    Path("demo").symlink_to(toy_corpus)
+    (commands,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    for line in commands.splitlines():
+        ended = CliRunner().invoke(cli.train, [*shlex.split(line, comments=True)[1:], "--workers", "0"])
+        assert ended.exit_code == 0, ended.output
+    seen: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(example, seen)
+    assert seen["features"].stages[-1].shape == (1, 16, 5, 10, 10)
+    assert set(seen["table"].split) == {"train"}
+    assert seen["tokens"].shape == (*seen["row"].grid, 16)
+    assert seen["predicted"].shape == (1, 3, 64, 64, 32)

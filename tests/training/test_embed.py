@@ -225,7 +225,7 @@ def write_table(table, file, **options):
 pq.write_table = write_table
 data, model, folder = map(Path, sys.argv[1:])
 work = plan_embedding(data, model, EmbeddingConfig(level="tokens"))
-work.write(folder, torch.device("cpu"), batch_size=16, workers=0)
+work.write(folder, torch.device("cpu"), batch_size=16, workers=1)
 """
 
 
@@ -235,7 +235,8 @@ def test_a_killed_command_goes_on(toy_corpus: Path, tmp_path: Path) -> None:
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, toy_corpus, model, folder],
         cwd=REPOSITORY,
-        capture_output=True,
+        capture_output=True,  # which its worker holds as well: so this waits for the end of that, too
+        timeout=120,
         check=False,
     )
     assert killed.returncode == -9, killed.stderr

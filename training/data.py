@@ -153,7 +153,7 @@ def open_validation(place: Location, images: int, crop: CropGeometry = EVALUATED
     """
     corpus = open_corpus(place)
     candidates = Candidates(images)
-    with contextlib.closing(_ingested(corpus, None)) as tables:
+    with contextlib.closing(ingested_tables(corpus, None)) as tables:
         for table in tables:
             candidates.seen(table)
     return _read_validation(open_reader(corpus.shards), candidates, images, crop, _EVALUATED_AT_ONCE)
@@ -243,7 +243,7 @@ def training_tables(
     What `selection` leaves out is neither trained nor validated on; the weights of the others are multiplied by
     their factors.
     """
-    with contextlib.closing(_ingested(corpus, selection)) as tables:
+    with contextlib.closing(ingested_tables(corpus, selection)) as tables:
         for table in tables:
             yield _having(candidates.seen(table), "split", "train")
 
@@ -254,8 +254,12 @@ def _files(corpus: Corpus) -> list[tuple[str, int, int]]:
     return [(dataset, stat.st_ino, stat.st_mtime_ns) for dataset, stat in stats]
 
 
-def _ingested(corpus: Corpus, selection: Selection | None) -> Generator[pa.Table]:
-    """The ingested images in the order of dataset and key, some ten thousand at a time."""
+def ingested_tables(corpus: Corpus, selection: Selection | None) -> Generator[pa.Table]:
+    """The ingested images in the order of dataset and key, some ten thousand at a time.
+
+    They have IMAGE_COLUMNS and modality. With `selection`, it is those that this leaves, their weights
+    multiplied by its factors.
+    """
     columns, dictionaries = [*IMAGE_COLUMNS, "modality"], [*CODED_COLUMNS, "modality"]
     read = list(dict.fromkeys([*columns, *(selection.columns if selection is not None else ())]))
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -263,6 +265,18 @@ class _Steps(IterableDataset[RawBatch | SetupError]):
             yield error
 
 
+def _end_with_parent() -> None:
+    """Wait until the process that this worker reads for has ended, also by SIGKILL, and end.
+
+    A worker of a forkserver would live on: PyTorch watches the process that forked it, which is the server, and
+    that waits for its workers.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def read_steps(
     reader: Reader,
     planner: Planner,
@@ -276,6 +290,8 @@ def read_steps(
     Raises SetupError, naming dataset, key and shard, if an image cannot be read.
     """
     worker = get_worker_info()
+    if worker:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     remote = reader if isinstance(reader, RemoteReader) else None
     stopwatch = Stopwatch(remote.traffic if remote else None)
     under_way: deque[_Reading] = deque()

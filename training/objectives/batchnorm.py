@@ -43,8 +43,9 @@ class BatchNorm(nn.Module):
             centred_BC = x_BC - mean_C
             var_C = _mean(centred_BC.square())
             with torch.no_grad():
-                self.running_mean.lerp_(mean_C, _MOMENTUM)
-                self.running_var.lerp_(var_C, _MOMENTUM)
+                for average, found in ((self.running_mean, mean_C), (self.running_var, var_C)):
+                    # A batch that is not finite, whose step is skipped, must not spoil the average for good.
+                    average.copy_(torch.where(found.isfinite(), average.lerp(found, _MOMENTUM), average))
             y_BC = centred_BC * (var_C + _EPSILON).rsqrt()
             return y_BC if self.weight is None or self.bias is None else y_BC * self.weight + self.bias
 

@@ -81,7 +81,7 @@ class DistilledModel(ProjectedViT):
         return self.prototypes(self.embed(x_BCDHW, level))  # type: ignore[no-any-return]
 
     def forward(self, whole_BCDHW: Tensor, local_BCDHW: Tensor | None, level: int) -> Tensor:
-        """The same of global and local crops, one after the other."""
+        """The same of global and local crops, one after the other; batch norms see either by itself."""
         scores = [self.score(x, level) for x in (whole_BCDHW, local_BCDHW) if x is not None]
         return torch.cat(scores)
 

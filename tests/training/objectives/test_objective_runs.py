@@ -21,10 +21,12 @@ from catalog.errors import SetupError
 from tests.training.conftest import write_corpus
 from training import train_mim
 from training.config import MimRunConfig, load_preset
+from training.models import build_mim
 from training.objectives.contrastive import gathered, head, info_nce
 from training.pretrained import export_pretrained, load_pretrained, load_vit
 from training.run import newest_checkpoint
 from training.vit import UniversalViT
+from training.weights import load_weights
 from training.world import World
 
 REPOSITORY = Path(__file__).parents[3]
@@ -175,6 +177,15 @@ def test_a_run_is_a_vit_for_those_who_come_after(objective, runs, tmp_path):
     export_pretrained(load_pretrained(runs[objective]), tmp_path / "export")
     exported = load_vit(tmp_path / "export").state_dict()
     assert all(torch.equal(value, exported[name]) for name, value in vit.state_dict().items())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_checkpoint_is_a_weight_file_that_masked_tokens_can_start_from(objective, runs):
+    model = build_mim(config(objective), 16)
+    report = load_weights(model, newest_checkpoint(runs[objective]) / "model.safetensors")
+    assert {name for name in report.missing if name.startswith("vit.")} == set()
+    saved = weights(runs[objective])
+    assert torch.equal(model.vit.norm.bias, saved["model/vit.norm.bias"])
 
 
 def test_a_teacher_follows_and_a_centre_is_kept(runs):

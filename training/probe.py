@@ -61,10 +61,8 @@ class Probe:
         """Of the untrained network, and of the grey image."""
 
     @classmethod
-    def of(
-        cls, run: Run, config: MimRunConfig, data: RunData, encoder: NormalisedViT, *, tell: bool
-    ) -> Probe | None:
-        """The probe a configuration asks for, its baselines printed if `tell`; None where there is none."""
+    def of(cls, run: Run, config: MimRunConfig, data: RunData, encoder: NormalisedViT) -> Probe | None:
+        """The probe that a configuration asks for, its baselines told; None where there is none."""
         every_steps = config.intervals.probe_every_steps
         if every_steps is None:
             return None
@@ -75,7 +73,7 @@ class Probe:
         if not made.baselines:
             run.console.print("no probes: held-out images of two modalities or body parts are needed")
             return None
-        for name, value in made.baselines.items() if tell else ():
+        for name, value in made.baselines.items():
             run.console.print(f"  {name}  {value:.3f}")
         return made
 

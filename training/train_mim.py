@@ -68,7 +68,7 @@ def train(
                 if network is not None:
                     shard(network, network.vit.blocks)
         optimizer = mim_adamw(model, config.optim)
-        probe = Probe.of(run, config, data, objective.encoder, tell=not resume)
+        probe = Probe.of(run, config, data, objective.encoder)
         run.restore(models, {"model": optimizer})
         trained = model if sharded else replicated(run.compiled(model), world)
 

@@ -88,18 +88,17 @@ class RawBatch:
     def split(self, parts: int) -> list[RawBatch]:
         """The same in `parts` batches of about equal size, in their order: views of one buffer.
 
-        The crops of an image stay together. Raises SetupError if there are fewer images than parts.
+        Raises SetupError if there are fewer crops than parts.
         """
-        samples, views = self.plan.samples, self.plan.views
-        images = len(samples) // views
-        if parts > images:
+        samples = self.plan.samples
+        if parts > len(samples):
             raise SetupError(
-                f"a process's {images} images of a batch cannot be made in {parts} passes: lower "
+                f"a process's {len(samples)} crops of a batch cannot be made in {parts} passes: lower "
                 "data.accumulate, or raise data.batch_size"
             )
         places, size = _layout(self.plan)
         starts = [place.start for place in places] + [size]
-        ends = [part * images // parts * views for part in range(parts + 1)]
+        ends = [part * len(samples) // parts for part in range(parts + 1)]
         return [
             replace(
                 self,

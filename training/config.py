@@ -12,12 +12,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from catalog.errors import SetupError
+
+if TYPE_CHECKING:
+    from training.engine_config import EngineConfig
 
 Kind = Literal["tokenizer", "mim"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -273,7 +276,7 @@ class MimRunConfig(RunConfig):
         return self
 
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
     "tokenizer": TokenizerRunConfig,
@@ -281,7 +284,7 @@ _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
 }
 
 _FREE_ON_RESUME = (
-    *("device", "data.workers", "data.cache_", "data.accumulate"),
+    *("device", "data.workers", "data.cache_", "data.accumulate", "data.raw"),
     *("intervals.", "keep_checkpoints", "validation_"),
 )
 """Fields (or sections, with the dot) that change no weight, but by rounding, so that a resumed run may set them
@@ -298,6 +301,11 @@ def load_preset(kind: Kind, name: str, overrides: Sequence[str] = ()) -> Tokeniz
     Values are read as YAML. Raises SetupError for an unknown preset or field (with the closest name) and
     for a value that is not allowed.
     """
+    return preset_of(_CONFIGS[kind], kind, name, overrides)
+
+
+def preset_of(config_type: type[Config], kind: str, name: str, overrides: Sequence[str] = ()) -> Config:
+    """The same for any kind of settings that has presets `training/presets/{kind}-{name}.yaml`."""
     if name not in preset_names(kind):
         raise SetupError(
             f"there is no {kind} preset {name!r}.{_closest(name, preset_names(kind))} "
@@ -305,8 +313,8 @@ def load_preset(kind: Kind, name: str, overrides: Sequence[str] = ()) -> Tokeniz
         )
     content = yaml.safe_load((_presets() / f"{kind}-{name}.yaml").read_text())
     for override in overrides:
-        _set(content, override, _CONFIGS[kind])
-    return parse(_CONFIGS[kind], content, f"{kind} preset {name}")
+        _set(content, override, config_type)
+    return parse(config_type, content, f"{kind} preset {name}")
 
 
 def parse(config_type: type[Config], content: object, origin: str) -> Config:
@@ -321,7 +329,7 @@ def parse(config_type: type[Config], content: object, origin: str) -> Config:
         raise SetupError(f"{origin}: {'; '.join(problems)}") from None
 
 
-def preset_names(kind: Kind) -> list[str]:
+def preset_names(kind: str) -> list[str]:
     """Names of the presets of `kind`, sorted."""
     files = (entry.name for entry in _presets().iterdir())
     return sorted(
@@ -331,7 +339,7 @@ def preset_names(kind: Kind) -> list[str]:
     )
 
 
-def changed_fields(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+def changed_fields(before: Mapping[str, Any], config: EngineConfig) -> list[str]:
     """Fields in which `before` (a configuration as JSON) differs from `config`, with both values.
 
     Left out are those that change no weight (device, workers, intervals), which a resumed run may set.

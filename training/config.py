@@ -284,7 +284,7 @@ _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
 }
 
 _FREE_ON_RESUME = (
-    *("device", "data.workers", "data.cache_", "data.accumulate", "data.raw"),
+    *("device", "data.workers", "data.cache_", "data.accumulate"),
     *("intervals.", "keep_checkpoints", "validation_"),
 )
 """Fields (or sections, with the dot) that change no weight, but by rounding, so that a resumed run may set them

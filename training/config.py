@@ -437,8 +437,9 @@ def changed_fields(before: Mapping[str, Any], config: EngineConfig) -> list[str]
     Left out are those that change no weight (device, workers, intervals), which a resumed run may set. What
     `before` lacks, since an earlier version of this program wrote it, had the value that is the default now.
     """
-    with contextlib.suppress(ValidationError):
-        before = type(config).model_validate(before).model_dump(mode="json")
+    if isinstance(config, BaseModel):
+        with contextlib.suppress(ValidationError):
+            before = type(config).model_validate(before).model_dump(mode="json")
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"

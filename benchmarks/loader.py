@@ -207,7 +207,7 @@ def remote_section(groups: list[Group], quick: bool) -> Iterator[Row]:
             near = group.corpus("fast")
             local = crops_per_second(near, group, batches)
             for latency in (0, 20):
-                far = Corpus(near.root, RemotePath(f"after-{latency}-ms", f"{group.name}/fast"))
+                far = Corpus(near.root, RemotePath("s3", f"after-{latency}-ms", f"{group.name}/fast"))
                 speed = crops_per_second(far, group, batches)
                 case = f"remote, {group.name}, {latency} ms"
                 yield row(case, speed, "local disk", local, "crops/s", more_is_better=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 MAX_DA_LEVEL = 5
 """The level of images seen one slice at a time: 2-D, and 3-D with DA >= 32."""
 
@@ -18,6 +16,6 @@ def da_level(da: float | None) -> int:
     """floor(log2(DA)) clipped to 0..5; a null DA (2-D, acts as infinite) is level 5."""
     if da is None:
         return MAX_DA_LEVEL
-    # frexp is exact at powers of two, where log2 may round down.
-    exponent = math.frexp(da)[1] - 1 if math.isfinite(da) else MAX_DA_LEVEL
-    return min(max(exponent, 0), MAX_DA_LEVEL)
+    # Comparisons are exact at powers of two, where log2 may round down, and torch.compile can follow them. NaN
+    # is below nothing.
+    return sum(not da < 2**level for level in range(1, MAX_DA_LEVEL + 1))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from training.loader import RawBatch
 from training.plan import SamplePlan
+from training.transfer import sent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +56,9 @@ def render(batch: RawBatch, device: torch.device) -> Crops:
         place(window(stored_Cdhw, sample), sample, crop_CDHW)
         _change_intensities(crop_CDHW, sample)
         voxels_CDHW[len(stored_Cdhw) :] = crop_CDHW[:1]
-    return Crops(voxels_BCDHW.expand(-1, 3, -1, -1, -1), batch.level, batch.keys, _spacing(samples).to(device))
+    return Crops(
+        voxels_BCDHW.expand(-1, 3, -1, -1, -1), batch.level, batch.keys, sent(_spacing(samples), device)
+    )
 
 
 def window(stored: Tensor, sample: SamplePlan) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from training.lpips import LPIPS
 from training.rng import Stream, uniforms
+from training.transfer import sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,4 +128,4 @@ def _take(x_BCDHW: Tensor, slices_BS: Tensor | None) -> Tensor:
     if slices_BS is None:
         return x_BDCHW.flatten(0, 1)
     crops_B1 = torch.arange(len(slices_BS), device=x_BCDHW.device)[:, None]
-    return x_BDCHW[crops_B1, slices_BS.to(x_BCDHW.device)].flatten(0, 1)
+    return x_BDCHW[crops_B1, sent(slices_BS, x_BCDHW.device)].flatten(0, 1)

@@ -21,6 +21,7 @@ _PANEL_INCHES = 1.7
 _CAPTION_INCHES = 0.26
 _TITLE_INCHES = 0.5
 _HIDDEN_GREY = 0.35
+_CAPTION_CHARACTERS_PER_INCH = 15
 
 
 class CodebookUse(NamedTuple):
@@ -56,7 +57,12 @@ def hide(panel: Panel, visible_hw: Tensor) -> Panel:
 
 def caption(modality: str, key: str, level: int) -> str:
     """What a row shows: `key` is `dataset/key`, `level` the DA level."""
-    return f"{modality}  ·  {key}  ·  DA level {level}"
+    return f"{modality}  ·  DA level {level}  ·  {key}"
+
+
+def shortened(text: str, characters: int) -> str:
+    """`text`, or its beginning and an ellipsis: `characters` at most."""
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
 def contact_sheet(file: Path, title: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
@@ -76,7 +82,8 @@ def contact_sheet(file: Path, title: str, columns: Sequence[str], rows: Sequence
         top = 1 - (_TITLE_INCHES + row_number * pitch) / height
         # No image touches its neighbour, but slices of one row stay close enough to compare.
         side, gap = (_PANEL_INCHES - 0.06), 0.03
-        figure.text(0.06 / width, top - 0.14 / height, row.caption, fontsize=7, color="0.25", va="center")
+        text = shortened(row.caption, int(width * _CAPTION_CHARACTERS_PER_INCH))
+        figure.text(0.06 / width, top - 0.14 / height, text, fontsize=7, color="0.25", va="center")
         for number, panel in enumerate(row.panels):
             left, bottom = (number * _PANEL_INCHES + gap) / width, top - (pitch - gap) / height
             axes = figure.add_axes((left, bottom, side / width, side / height))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,12 @@ from catalog.durable import sync
 from catalog.errors import SetupError
 from catalog.lock import LOCK_FILE, read_lock
 from training.config import MimRunConfig, TokenizerRunConfig, parse
+from training.extractor import ViTBackbone
 from training.fit import misfits
 from training.mim import MaskedImageModel, MIMConfig
 from training.models import build_mim, build_tokenizer
 from training.run import newest_checkpoint, read_state, write_json
+from training.speed import SPEEDS
 from training.tokenizer import Tokenizer, TokenizerConfig
 from training.vit import UniversalViT, ViTConfig
 from training.weights import read_tensors
@@ -65,19 +67,24 @@ class Description(BaseModel):
 
 
 def load_tokenizer(place: str | Path) -> Tokenizer:
-    """The trained tokenizer at `place`, on the CPU; see `load_pretrained` for places and errors."""
+    """The trained tokenizer at `place`, on the CPU and in evaluation mode; see `load_pretrained` for errors."""
     model = load_pretrained(place)
     if not isinstance(model, Tokenizer):
         raise SetupError(f"{place} holds a ViT, not a tokenizer: give the folder of `pumit-train tokenizer`")
-    return model
+    return model.eval()
 
 
-def load_vit(place: str | Path) -> UniversalViT:
-    """The trained ViT at `place`, without the head of its pre-training; else as `load_tokenizer`."""
+def load_vit(place: str | Path, blocks: Sequence[int] | None = None) -> ViTBackbone:
+    """The trained ViT at `place`, without the head of its pre-training; else as `load_tokenizer`.
+
+    It takes images in [0, 1] with their spacing and gives features; `blocks` are the stages of `ViTBackbone`.
+    The `UniversalViT` itself is its attribute `vit`.
+    """
     model = load_pretrained(place)
     if isinstance(model, Tokenizer):
         raise SetupError(f"{place} holds a tokenizer, not a ViT: give the folder of `pumit-train mim`")
-    return model.vit if isinstance(model, MaskedImageModel) else model
+    vit = model.vit if isinstance(model, MaskedImageModel) else model
+    return ViTBackbone(vit, blocks).eval()
 
 
 def load_pretrained(place: str | Path, *, average: bool = False) -> Model:
@@ -165,7 +172,7 @@ def training_of(place: Path) -> dict[str, Any] | None:
     summary = run / "summary.json"
     finished = json.loads(summary.read_text()) if summary.is_file() else {}
     if finished.get("steps") == state["step"]:
-        described = ("kind", "run", "steps", "images_per_second")
+        described = ("kind", "run", "steps", *SPEEDS)
         trained["measured"] = {name: value for name, value in finished.items() if name not in described}
     return trained
 
@@ -191,7 +198,7 @@ def model_card(described: Description, parameters: int, lock: str | None = None)
         "(B, 3, D, H, W) of one level of anisotropy a time.",
         "",
         "```python",
-        f"from training.pretrained import {_LOADERS[described.model]}",
+        f"from training import {_LOADERS[described.model]}",
         "",
         f'model = {_LOADERS[described.model]}("FOLDER")',
         "```",

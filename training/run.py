@@ -54,6 +54,7 @@ from training.parallel import (
     optimizer_state,
     whole,
 )
+from training.speed import GraphWatch, Speed, StepWork, peak_flops
 from training.world import World
 
 if TYPE_CHECKING:
@@ -181,7 +182,10 @@ class Run:
         self._bad_steps: list[str] = []
         self._losses: dict[str, list[float]] = {"first": [], "last": []}
         self._loss = math.nan
-        self._images, self._seconds, self._mark = 0, 0.0, 0.0
+        self._whole, self._lately, self._mark = Speed(), Speed(), 0.0
+        self._graphs = GraphWatch() if config.compile else None
+        peak = peak_flops(self.device, config.precision)
+        self._peak_flops = None if peak is None else peak * world.size
         self._waiting = 0.0
         self.first_step = 0
         self.numbers: dict[str, float] = {}
@@ -455,27 +459,37 @@ class Run:
         self._sums, self._passes = {}, []
         return means | {"grad_norm": norm}
 
-    def finish_step(self, step: int, scalars: Mapping[str, float | Tensor]) -> None:
-        """Count the step, watch for divergence, log `scalars` at the interval; time stops here."""
+    def finish_step(
+        self, step: int, scalars: Mapping[str, float | Tensor], work: StepWork | None = None
+    ) -> None:
+        """Count the step, watch for divergence, log `scalars` at the interval; time stops here.
+
+        With `work`, what all processes did in it, the log has tokens and operations a second too.
+        """
         if self._scaler.is_enabled():
             self._scaler.update()
         self._reports.append((step, self._updates))
         self._updates = []
         due = self.due(step, self.config.intervals.log_every_steps)
         self._read_reports(behind=0 if due else self._reports_behind)
-        self._seconds += time.perf_counter() - self._mark
-        self._images += self.config.data.batch_size
+        seconds = time.perf_counter() - self._mark
+        for speed in (self._whole, self._lately):
+            speed.add(seconds, self.config.data.batch_size, work)
+        if self._graphs is not None and work is not None:
+            self._graphs.step(work.kind)
         loading = meter_scalars(self.take_meter()) if due and self.take_meter else {}
         self._waiting = loading.get("loader/wait_share", self._waiting)
-        speed = f"loss {self._loss:.4f}  {self._images / self._seconds:.1f} images/s"
+        shown = f"loss {self._loss:.4f}  {self._whole.images / self._whole.seconds:.1f} images/s"
         if self._waiting >= SHOWN_WAIT_SHARE:
-            speed += f"  {self._waiting:.0%} waiting for data"
-        self._progress.update(self._task, completed=step + 1, speed=speed)
+            shown += f"  {self._waiting:.0%} waiting for data"
+        self._progress.update(self._task, completed=step + 1, speed=shown)
         if due:
-            rates = {"loss": self._loss, "images_per_second": self._images / self._seconds}
-            self.log(step, {**rates, **loading, **scalars})
+            graphs = {} if self._graphs is None else self._graphs.scalars()
+            rates = self._lately.rates(self._peak_flops) | graphs
+            self.log(step, {"loss": self._loss, **rates, **loading, **scalars})
+            self._lately = Speed()
             if not self.console.is_terminal:
-                self.console.print(f"{self.config.kind}: step {step + 1}/{self.config.steps}  {speed}")
+                self.console.print(f"{self.config.kind}: step {step + 1}/{self.config.steps}  {shown}")
 
     def _read_reports(self, behind: int) -> None:
         """Learn how the steps went, all but the newest `behind`."""
@@ -527,7 +541,7 @@ class Run:
                 self._writer.add_scalar(name, number, step + 1)
 
     def summary(self, measured: Mapping[str, float]) -> dict[str, Any]:
-        """First and last loss (means over some steps), images/s of all processes, what was `measured`."""
+        """First and last loss (means over some steps), speed of all processes, what was `measured`."""
         self._read_reports(behind=0)
         count = min(AVERAGED_STEPS, max(self.config.steps // 2, 1))
         first, last = self._losses["first"][:count], self._losses["last"][-count:]
@@ -537,7 +551,9 @@ class Run:
             "steps": self.config.steps,
             "first_loss": sum(first) / len(first),
             "last_loss": sum(last) / len(last),
-            "images_per_second": self._images / self._seconds if self._seconds else None,
+            "images_per_second": None,  # of a run that was done already
+            **self._whole.rates(self._peak_flops),
+            **({} if self._graphs is None else self._graphs.scalars()),
             **measured,
         }
         if self.world.rank == 0:

@@ -6,7 +6,8 @@ Shape suffixes: B crops, C channels, D H W voxels, d h w tokens, L = d * h * w, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from catalog.store import Location
 from training.augment import Crops, render
 from training.config import MimRunConfig
 from training.data import RunData, open_data
+from training.flops import StepCounter, mim_counter
 from training.loader import RawBatch
 from training.mim import MaskedImageModel, mim_loss, n_visible, visible_mask
 from training.models import build_mim
@@ -30,6 +32,7 @@ from training.plan import visible_indices
 from training.pretrained import find_pretrained, load_tokenizer
 from training.run import Run
 from training.tokenizer import Tokenizer
+from training.transfer import sent
 from training.validation import Means, evaluating
 from training.weights import load_weights
 from training.world import World
@@ -61,51 +64,88 @@ def train(
     data = open_data(corpus, config, licences)
     fingerprints = data.fingerprints | {"tokenizer": digest_of(pretrained / "model.safetensors")}
     with Run(run_dir, config, fingerprints=fingerprints, resume=resume, lock=data.lock, world=world) as run:
-        # Networks
-        tokenizer = tokenizer.to(run.device)
-        model = build_mim(config, tokenizer.config.codebook_size)
-        if config.initial_weights is not None:
-            run.console.print(str(load_weights(model, config.initial_weights)))
-        model = model.to(run.device)
-        models: dict[str, nn.Module] = {"model": model}
-        average = None
-        if config.ema_decay is not None:
-            average = models["ema"] = copy.deepcopy(model).requires_grad_(False)
-        sharded = config.parallel == "fsdp" and world.size > 1
-        if sharded:
-            for network in (model, average):
-                if network is not None:
-                    shard(network, network.vit.blocks)
-        optimizer = mim_adamw(model, config.optim)
-        run.restore(models, {"model": optimizer})
-        trained = model if sharded else replicated(run.compiled(model), world)
-        encode = run.compiled(tokenizer.encode)
-
+        networks = build(run, config, tokenizer)
         measured: dict[str, float] = {}
         loader = data.loader(config, run.first_step, run.world)
         run.take_meter = loader.take_meter
         for step, batch in zip(run.steps(), loader, strict=True):
-            lr = learning_rate(step, config.steps, config.optim)
-            set_learning_rate(optimizer, lr)
-            for part in passes(trained, batch.split(config.data.accumulate)):
-                crops = render(part, run.device)
-                with torch.no_grad(), run.autocast():
-                    target_logits_BLK = encode(2 * crops.voxels - 1, crops.level).flatten(1, 3)
-                visible_BV = draw_visible(config, part, target_logits_BLK.shape[1]).to(run.device)
-                with run.autocast():
-                    logits_BLK = trained(crops.voxels, crops.level, visible_BV)
-                losses = mim_loss(logits_BLK, target_logits_BLK, visible_BV)
-                run.backward(losses.loss, crops.keys, losses._asdict())
-            means = run.update(optimizer, config.optim.max_grad_norm)
-            if average is not None and config.ema_decay is not None:
-                follow(average, model, config.ema_decay)
-            run.finish_step(step, {"lr": lr, **means})
+            scalars = train_step(run, networks, config, step, batch)
+            run.finish_step(step, scalars, networks.counter.work(batch.plan))
 
             if run.due(step, config.intervals.validate_every_steps):
-                measured = validate(run, step, model, tokenizer, data, config)
+                measured = validate(run, step, networks.model, networks.tokenizer, data, config)
             if run.due(step, config.intervals.save_every_steps):
                 run.save(step + 1)
-        return run.summary(measured or validate(run, config.steps - 1, model, tokenizer, data, config))
+        last = config.steps - 1
+        return run.summary(measured or validate(run, last, networks.model, networks.tokenizer, data, config))
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """What a step works with, on the run's device."""
+
+    tokenizer: Tokenizer
+    """Frozen."""
+    model: MaskedImageModel
+    optimizer: torch.optim.Optimizer
+    average: MaskedImageModel | None
+    """Moving average of the model's weights."""
+    trained: nn.Module
+    """`model`, to be called in training."""
+    encode: Callable[[Tensor, int], Tensor]
+    """Of the tokenizer, to be called in training."""
+    counter: StepCounter
+
+
+def build(run: Run, config: MimRunConfig, tokenizer: Tokenizer) -> Networks:
+    """Make the networks, new or as of the checkpoint that the run goes on from."""
+    tokenizer = tokenizer.to(run.device)
+    model = build_mim(config, tokenizer.config.codebook_size)
+    if config.initial_weights is not None:
+        run.console.print(str(load_weights(model, config.initial_weights)))
+    model = model.to(run.device)
+    counter = mim_counter(config.data.batch_size, model, tokenizer)
+    models: dict[str, nn.Module] = {"model": model}
+    average = None
+    if config.ema_decay is not None:
+        average = models["ema"] = copy.deepcopy(model).requires_grad_(False)
+    sharded = config.parallel == "fsdp" and run.world.size > 1
+    if sharded:
+        for network in (model, average):
+            if network is not None:
+                shard(network, network.vit.blocks)
+    optimizer = mim_adamw(model, config.optim)
+    run.restore(models, {"model": optimizer})
+    return Networks(
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=optimizer,
+        average=average,
+        trained=model if sharded else replicated(run.compiled(model), run.world),
+        encode=run.compiled(tokenizer.encode),
+        counter=counter,
+    )
+
+
+def train_step(
+    run: Run, networks: Networks, config: MimRunConfig, step: int, batch: RawBatch
+) -> dict[str, float | Tensor]:
+    """Learn from a batch. Returns what is to be logged, on the device: the host waits for nothing here."""
+    lr = learning_rate(step, config.steps, config.optim)
+    set_learning_rate(networks.optimizer, lr)
+    for part in passes(networks.trained, batch.split(config.data.accumulate)):
+        crops = render(part, run.device)
+        with torch.no_grad(), run.autocast():
+            target_logits_BLK = networks.encode(2 * crops.voxels - 1, crops.level).flatten(1, 3)
+        visible_BV = sent(draw_visible(config, part, target_logits_BLK.shape[1]), run.device)
+        with run.autocast():
+            logits_BLK = networks.trained(crops.voxels, crops.level, visible_BV)
+        losses = mim_loss(logits_BLK, target_logits_BLK, visible_BV)
+        run.backward(losses.loss, crops.keys, losses._asdict())
+    means = run.update(networks.optimizer, config.optim.max_grad_norm)
+    if networks.average is not None and config.ema_decay is not None:
+        follow(networks.average, networks.model, config.ema_decay)
+    return {"lr": lr, **means}
 
 
 def validate(
@@ -135,7 +175,7 @@ def validate(
     run.log(step, measured)
     if run.world.rank == 0:
         columns = ["input", "tokenizer", "masked", "prediction"]
-        rows.sort(key=lambda row: row.caption)  # by modality, then image; each says its DA level
+        rows.sort(key=lambda row: row.caption)  # by modality, then DA level
         contact_sheet(run.picture_file(step), f"masked image modelling, step {step + 1}", columns, rows)
     return measured
 

@@ -232,7 +232,7 @@ def test_shards_of_a_vit_train_as_the_whole_does_and_its_checkpoints_are_whole(t
     training.run(tmp_path / "two", "--nproc", "2", settings=sharded)
     assert_like(tmp_path / "two", tmp_path / "one")
     assert_near(weights(tmp_path / "two"), weights(tmp_path / "one"))
-    assert load_vit(tmp_path / "two").config.dim == 16
+    assert load_vit(tmp_path / "two").channels == 16
 
     resumed = shutil.copytree(tmp_path / "two", tmp_path / "resumed")
     shutil.rmtree(newest_checkpoint(resumed))

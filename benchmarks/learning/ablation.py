@@ -1,0 +1,162 @@
+"""Short trainings that differ in one thing, and the table of what became of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.learning.plain import PlainTokenizer
+from training.config import TokenizerModelConfig, load_preset
+from training.data import open_validation
+from training.evaluate import evaluate_tokenizer
+from training.models import build_tokenizer
+from training.pretrained import load_tokenizer
+from training.tokenizer import Tokenizer
+from training.train_tokenizer import train
+
+VOLUMES = "volumes"
+"""The mix of all 3-D images."""
+HELD_OUT = 24
+"""Images to measure on."""
+PROBED_STEPS = 40
+"""Steps that tell what one costs."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train; `same_time_as` names the arm whose CPU time it may use, instead of its steps."""
+
+    settings: tuple[str, ...] = ()
+    build: Callable[[TokenizerModelConfig], Tokenizer] = build_tokenizer
+    same_time_as: str | None = None
+
+
+ARMS = {
+    "soft": Arm(),
+    "Gumbel": Arm(("model.quantizer=gumbel",)),
+    # Compares features with codes, so both have one size.
+    "nearest": Arm(("model.quantizer=nearest", "model.embedding_dim=192")),
+    "soft, no prior": Arm(("loss.diversity_weight=0", "loss.sharpness_weight=0")),
+    "soft, prior of the paper": Arm(("loss.diversity_weight=0.03", "loss.sharpness_weight=1")),
+    "volumes: SAC": Arm((f"data.mix={VOLUMES}",)),
+    "volumes: plain, isotropic": Arm((f"data.mix={VOLUMES}",), PlainTokenizer.build, "volumes: SAC"),
+}
+
+
+def run_arms(corpus: Path, runs: Path, *, steps: int, seeds: Iterable[int]) -> None:
+    """Train every arm with every seed; a file RUN.json in `runs` says that one is done."""
+    runs.mkdir(exist_ok=True)
+    mix = corpus / "mixes" / f"{VOLUMES}.yaml"
+    if not mix.exists():
+        command = ["pumit-data", "mix", "write", VOLUMES, "--where", "dimension = 3", "--data", str(corpus)]
+        subprocess.run(command, check=True)
+    for seed in seeds:
+        for name, arm in ARMS.items():
+            file = runs / f"{name.replace(': ', '-').replace(', ', '-').replace(' ', '_')}-{seed}.json"
+            if not file.exists():
+                result = _run(name, arm, corpus, runs, steps, seed)
+                file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+                print(json.dumps({key: result[key] for key in ("arm", "seed", "steps", "cpu_seconds", "all")}))
+
+
+def _run(name: str, arm: Arm, corpus: Path, runs: Path, steps: int, seed: int) -> dict[str, Any]:
+    if arm.same_time_as is not None:
+        theirs = next(one for one in _results(runs) if (one["arm"], one["seed"]) == (arm.same_time_as, seed))
+        probe = _train(arm, corpus, runs / f"probe-{seed}", PROBED_STEPS, seed)
+        steps = round(PROBED_STEPS * theirs["cpu_seconds"] / probe)
+    folder = runs / f"{list(ARMS).index(name)}-{seed}"
+    seconds = _train(arm, corpus, folder, steps, seed)
+    trained = load_tokenizer(folder)
+    network = type(arm.build(load_preset("tokenizer", "small").model))(trained.config)
+    network.load_state_dict(trained.state_dict())
+    held_out = open_validation(corpus, HELD_OUT)
+    # A plain network has no way with a single slice.
+    batches = [batch for batch in held_out.batches if VOLUMES not in name or batch.level < 5]
+    evaluation = evaluate_tokenizer(network, batches, held_out.modalities, torch.device("cpu"))
+    rows = evaluation.table().to_pylist()
+    return {
+        "arm": name,
+        "seed": seed,
+        "steps": steps,
+        "cpu_seconds": seconds,
+        "all": rows[-1],
+        "rows": rows[:-1],
+    }
+
+
+def _train(arm: Arm, corpus: Path, folder: Path, steps: int, seed: int) -> float:
+    """CPU seconds that it took."""
+    settings = [
+        *arm.settings,
+        f"seed={seed}",
+        f"steps={steps}",
+        f"optim.warmup_steps={min(100, steps // 4)}",
+        f"intervals.validate_every_steps={steps}",
+        f"intervals.save_every_steps={steps}",
+        "validation_images=1",
+    ]
+    config = load_preset("tokenizer", "small", settings)
+    began = time.process_time()
+    train(config, corpus, folder, resume=False, make=arm.build)
+    return time.process_time() - began
+
+
+def _results(runs: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(runs.glob("*.json"))]
+
+
+def write_arms(runs: Path, out: Path) -> None:
+    """A line for each arm: mean and standard deviation over seeds of what was measured on held-out subjects."""
+    by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in _results(runs):
+        by_arm[result["arm"]].append(result)
+    head = ("arm", "seeds", "steps", "CPU min", "PSNR, dB", "of levels 0 / above", "SSIM")
+    head = (*head, "codes in use", "perplexity", "token entropy")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [_line(name, by_arm[name]) for name in ARMS if name in by_arm]
+    (out / "ablation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def _line(name: str, results: list[dict[str, Any]]) -> str:
+    def spread(values: list[float], digits: int) -> str:
+        deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+        return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+    def of_all(measure: str, digits: int) -> str:
+        return spread([result["all"][measure] for result in results], digits)
+
+    thin, thick = (
+        spread([_mean_psnr(result, levels) for result in results], 2) for levels in ((0,), (1, 2, 3, 4))
+    )
+    cells = [
+        name,
+        str(len(results)),
+        f"{statistics.mean(result['steps'] for result in results):.0f}",
+        f"{statistics.mean(result['cpu_seconds'] for result in results) / 60:.1f}",
+        spread([_mean_over_modalities(result) for result in results], 2),
+        f"{thin} / {thick}",
+        of_all("ssim", 3),
+        spread([100 * result["all"]["codes_in_use"] for result in results], 0) + " %",
+        of_all("perplexity", 0),
+        of_all("token_entropy", 2),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mean_over_modalities(result: dict[str, Any]) -> float:
+    return statistics.mean(row["psnr"] for row in result["rows"] if row["da_level"] is None)
+
+
+def _mean_psnr(result: dict[str, Any], levels: tuple[int, ...]) -> float:
+    rows = [row for row in result["rows"] if row["da_level"] in levels]
+    return sum(row["psnr"] * row["images"] for row in rows) / sum(row["images"] for row in rows)

@@ -27,7 +27,7 @@ from catalog.lock import LOCK_FILE, read_lock
 from catalog.manifest import digest_of
 from training.backbone import Backbone
 from training.downstream.swin import SwinBackbone, load_swin
-from training.downstream.vit_backbone import ViTBackbone
+from training.extractor import ViTBackbone
 from training.pretrained import find_pretrained, load_vit, lock_of, training_of
 from training.vit import UniversalViT, ViTConfig
 from training.weights import load_weights, read_tensors
@@ -67,7 +67,7 @@ def load_backbone(name: str) -> Backbone:
         return load_swin(_swin_file(detail))
     if found := _USERS_OWN.fullmatch(name):
         return _users_own(name, found["module"], found["function"])
-    return ViTBackbone(load_vit(name))
+    return load_vit(name)
 
 
 def origin_of(name: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _scratch(what: str) -> Backbone:
     if what in SIZES:
         return ViTBackbone(UniversalViT(SIZES[what]))
     try:
-        config = load_vit(what).config
+        config = load_vit(what).vit.config
     except SetupError as error:
         raise SetupError(
             f"scratch:{what} is no size ({', '.join(SIZES)}, swin-unetr), and no place of a model: {error}"

@@ -12,7 +12,7 @@ from catalog.errors import SetupError
 from training.backbone import Backbone, Features, Spacing
 from training.downstream.adaptation import adapt, trained_parameters
 from training.downstream.initialisations import as_module
-from training.downstream.vit_backbone import ViTBackbone
+from training.extractor import ViTBackbone
 from training.vit import UniversalViT, ViTConfig
 
 DIM, DEPTH = 16, 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from catalog.errors import SetupError
 from training.downstream.initialisations import as_module, load_backbone, origin_of
 from training.downstream.swin import SwinBackbone, load_swin
-from training.downstream.vit_backbone import ViTBackbone
+from training.extractor import ViTBackbone
 from training.pretrained import export_pretrained
 from training.vit import UniversalViT, ViTConfig
 

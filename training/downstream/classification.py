@@ -1,10 +1,13 @@
 """Learn the class of images: a backbone, a linear head on its vector, and what the validation cases choose.
 
 For every learning rate of the grid the network starts anew; of each, the epoch with the best AUC on the
-validation cases is kept, and of all, the rate whose best was the best. The test cases are looked at once a
+validation cases is kept, and of all, the rate whose best was the best; of equals (few cases have few different
+AUCs) the one with the smaller loss on them. The test cases are looked at once a
 rate, with the weights that validation kept, and only those of the chosen rate are reported.
 
-Where nothing of the backbone is trained and images do not vary, its features are computed once.
+Where nothing of the backbone is trained, each feature is brought to mean 0 and deviation 1 over the training
+cases before the head (as linear probes do: networks differ in the scale of their features, rates do not), and
+where images do not vary either, features are computed once.
 
 Shape suffixes: B cases of a batch, N cases, C features, D, H, W voxels, K classes.
 """
@@ -33,7 +36,7 @@ from training.backbone import Backbone, Spacing
 from training.config import Positive, PositiveReal, Weight
 from training.downstream.adaptation import adapt, parse_mode, trained_parameters
 from training.downstream.initialisations import as_module, load_backbone, origin_of
-from training.downstream.metrics import Labels, Scores, accuracy, auc
+from training.downstream.metrics import Labels, Scores, accuracy, auc, cross_entropy
 from training.downstream.task import Cell, Metric, Result
 from training.optim import fused_adamw, parameter_groups, set_learning_rate
 from training.run import choose_device, write_json
@@ -44,6 +47,8 @@ METRICS = (Metric("AUC", higher_is_better=True, scale=100), Metric("ACC", higher
 KNN_NEIGHBOURS, _KNN_TEMPERATURE = 20, 0.07
 """As in the evaluation of DINO."""
 _TOLD_EPOCHS = 10
+_LEAST_DEVIATION = 1e-6
+"""Features that hardly differ are not blown up."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -114,12 +119,17 @@ class Labelled:
 class Classifier(nn.Module):
     """A backbone and a linear layer on its vector for the whole image."""
 
+    centre: Tensor
+    scale: Tensor
+
     def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()
         self.backbone = as_module(backbone)
         self.head = nn.Linear(backbone.channels, classes)
         self.frozen = not trained_parameters(self.backbone)
         initialise_linear(self.head)
+        self.register_buffer("centre", torch.zeros(backbone.channels))
+        self.register_buffer("scale", torch.ones(backbone.channels))
 
     def whole(self, image_BCDHW: Tensor, spacing: Spacing) -> Tensor:
         """Features (B, C)."""
@@ -128,7 +138,16 @@ class Classifier(nn.Module):
 
     def forward(self, image_BCDHW: Tensor, spacing: Spacing) -> Tensor:
         """Logits (B, K)."""
-        return self.head(self.whole(image_BCDHW, spacing))  # type: ignore[no-any-return]
+        return self.classify(self.whole(image_BCDHW, spacing))
+
+    def classify(self, whole_BC: Tensor) -> Tensor:
+        """Logits (B, K) of features."""
+        return self.head((whole_BC - self.centre) / self.scale)  # type: ignore[no-any-return]
+
+    def standardise(self, whole_NC: Tensor) -> None:
+        """Take mean and deviation of features from these."""
+        self.centre.copy_(whole_NC.mean(dim=0))
+        self.scale.copy_(whole_NC.std(dim=0, correction=0).clamp_min(_LEAST_DEVIATION))
 
     def train(self, mode: bool = True) -> Classifier:
         """A frozen backbone stays in evaluation mode: nothing of it is to vary."""
@@ -153,7 +172,7 @@ def classify(data: Labelled, cell: Cell, config: ClassificationConfig, folder: P
     device = choose_device(config.device)
     training = labelled_share(data, cell.fraction, cell.seed)
     _require_classes(data, training)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     neighbours = _neighbours(cell.mode)
     model = _make(data, cell, device)
     trained = trained_parameters(model)
@@ -173,7 +192,7 @@ def classify(data: Labelled, cell: Cell, config: ClassificationConfig, folder: P
         finite = [trial for trial in trials if not math.isnan(trial.auc)]
         if not finite:
             raise SetupError(f"{cell.task}: no learning rate of {list(rates)} led to a finite loss: lower them")
-        best = max(finite, key=lambda trial: trial.auc)  # of equals the first
+        best = max(finite, key=lambda trial: (trial.auc, trial.minus_loss))
         chosen = {"learning_rate": best.rate, "epoch": best.epoch, "validation_auc": best.auc}
         scores_of_test = best.scores
     labels = data.cases.labels[data.test]
@@ -221,6 +240,8 @@ class _Trial(NamedTuple):
     """The one with the best AUC on the validation cases, counted from 1."""
     auc: float
     """That AUC; NaN where the loss was not finite."""
+    minus_loss: float
+    """The negative cross entropy of the validation cases at that epoch."""
     scores: Scores
     """(N, K) of the test cases after that epoch."""
 
@@ -246,29 +267,34 @@ class _Work:
         if (found := _read_trial(file, rate)) is not None:
             return found
         labels = self.data.cases.labels[self.data.validation]
+        if model.frozen:
+            model.standardise(self._frozen(model, self.training))
         kept = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        best_auc, best_epoch, best = -math.inf, 0, {name: value.clone() for name, value in kept.items()}
+        best_epoch, best = 0, {name: value.clone() for name, value in kept.items()}
+        best_merit = (-math.inf, -math.inf)
         optimizer = fused_adamw(parameter_groups(model, self.config.weight_decay), lr=rate)
         for epoch in range(self.config.epochs):
             set_learning_rate(optimizer, rate * 0.1 ** sum(epoch >= drop for drop in self.config.lr_drops))
             loss = self._epoch(model, optimizer, epoch)
             if not math.isfinite(loss):
-                best_auc = math.nan
+                best_merit = (math.nan, math.nan)
                 break
-            measured = auc(labels, self._scores(model, self.data.validation))
-            if measured > best_auc:
-                best_auc, best_epoch = measured, epoch + 1
+            scores = self._scores(model, self.data.validation)
+            merit = (auc(labels, scores), -cross_entropy(labels, scores))
+            if merit > best_merit:
+                best_merit, best_epoch = merit, epoch + 1
                 best = {name: value.detach().clone() for name, value in kept.items()}
             if (epoch + 1) % _TOLD_EPOCHS == 0 or epoch + 1 == self.config.epochs:
                 self.console.print(
                     f"{self.cell.task} {self.cell.init} {self.cell.mode}: rate {rate:.3g}, "
-                    f"epoch {epoch + 1}/{self.config.epochs}, loss {loss:.4f}, validation AUC {best_auc:.4f}",
+                    f"epoch {epoch + 1}/{self.config.epochs}, loss {loss:.4f}, "
+                    f"validation AUC {best_merit[0]:.4f}",
                     markup=False,
                 )
         with torch.no_grad():
             for name, value in kept.items():
                 value.copy_(best[name])
-        trial = _Trial(rate, best_epoch, best_auc, self._scores(model, self.data.test))
+        trial = _Trial(rate, best_epoch, *best_merit, self._scores(model, self.data.test))
         _write_trial(file, trial)
         return trial
 
@@ -309,7 +335,7 @@ class _Work:
             for first in range(0, len(order), size):
                 rows = order[first : first + size]
                 features = self._frozen(model, rows)
-                yield rows, lambda part, of=features: model.head(of[part]), len(rows)
+                yield rows, lambda part, of=features: model.classify(of[part]), len(rows)
             return
         draw = torch.Generator().manual_seed(
             int(np.random.SeedSequence([self.cell.seed, epoch]).generate_state(1)[0])
@@ -325,7 +351,7 @@ class _Work:
         """Probabilities (N, K) of the cases at `rows`."""
         with evaluating(model):
             if self._is_constant(model):
-                return _numpy(model.head(self._frozen(model, rows)).float().softmax(dim=1))
+                return _numpy(model.classify(self._frozen(model, rows)).float().softmax(dim=1))
             return _numpy(self._each(rows, lambda image, spacing: model(image, spacing).float().softmax(dim=1)))
 
     def _is_constant(self, model: Classifier) -> bool:
@@ -385,7 +411,7 @@ def _numpy(tensor: Tensor) -> Scores:
 
 
 def _write_trial(file: Path, trial: _Trial) -> None:
-    told = {"rate": trial.rate, "epoch": trial.epoch, "auc": trial.auc, "scores": trial.scores.tolist()}
+    told = trial._asdict() | {"scores": trial.scores.tolist()}
     write_json(file.with_name(f"{file.name}.json"), told)
 
 
@@ -394,7 +420,7 @@ def _read_trial(file: Path, rate: float) -> _Trial | None:
     if not file.is_file():
         return None
     told = json.loads(file.read_text())
-    return _Trial(rate, told["epoch"], told["auc"], np.array(told["scores"], np.float32))
+    return _Trial(**told | {"scores": np.array(told["scores"], np.float32)})
 
 
 def _write_scores(file: Path, data: Labelled, scores_NK: Scores) -> None:

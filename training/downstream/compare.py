@@ -178,7 +178,7 @@ def run_grid(grid: Grid, output: Path, *, run: bool = True) -> Outcome:
     for each in cells:
         if run:
             task_of(each.cell.task).check(each.cell, each.config)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     outcome = Outcome()
     for number, each in enumerate(cells, 1):
         folder = output / each.folder

@@ -37,6 +37,16 @@ def accuracy(labels_N: Labels, scores_NK: Scores) -> float:
     return float((found_N == labels_N).mean())
 
 
+def cross_entropy(labels_N: Labels, scores_NK: Scores) -> float:
+    """Mean -log of the score of the right class, in nats."""
+    right_N = scores_NK[np.arange(len(labels_N)), labels_N]
+    return float(-np.log(np.maximum(right_N, _LEAST_SCORE)).mean())
+
+
+_LEAST_SCORE = 1e-12
+"""One case that is utterly wrong must not make the mean infinite."""
+
+
 def _area(positive_N: npt.NDArray[np.bool_], score_N: Scores) -> float:
     """The chance that a positive case scores above a negative one; ties count half."""
     positives, negatives = int(positive_N.sum()), int((~positive_N).sum())

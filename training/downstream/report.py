@@ -27,7 +27,7 @@ from training.run import write_json
 SIGNIFICANT = 0.05
 
 
-class Test(NamedTuple):
+class PairedTest(NamedTuple):
     """A start against the baseline."""
 
     row: Row
@@ -74,7 +74,7 @@ def paper_results(prefix: str) -> dict[str, Any]:
 def write_report(grid: Grid, outcome: Outcome, folder: Path) -> dict[str, Any]:
     """Write the files of this module's head into `folder`; returns what summary.json holds."""
     rows = rows_of(outcome.results)
-    tests = tests_of(rows, grid.baseline)
+    tests = paired_tests(rows, grid.baseline)
     tables = [*_result_tables(rows), *_paper_tables(rows), *_test_tables(tests, grid.baseline)]
     if outcome.failures:
         failed = [(str(each.folder), reason) for each, reason in outcome.failures]
@@ -98,7 +98,7 @@ def write_report(grid: Grid, outcome: Outcome, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def tests_of(rows: Sequence[Row], baseline: str) -> list[Test]:
+def paired_tests(rows: Sequence[Row], baseline: str) -> list[PairedTest]:
     """Each start against the baseline of the same task, share and mode, in the first metric of its task.
 
     p values are corrected for the number of all these tests.
@@ -117,7 +117,7 @@ def tests_of(rows: Sequence[Row], baseline: str) -> list[Test]:
             compared.append((row, base, metric, paired))
     by_t = holm([paired.p_t for *_, paired in compared])
     by_wilcoxon = holm([paired.p_wilcoxon for *_, paired in compared])
-    return [Test(*each, p_t, p_w) for each, p_t, p_w in zip(compared, by_t, by_wilcoxon, strict=True)]
+    return [PairedTest(*each, p_t, p_w) for each, p_t, p_w in zip(compared, by_t, by_wilcoxon, strict=True)]
 
 
 def _result_tables(rows: Sequence[Row]) -> list[Table]:
@@ -191,7 +191,7 @@ def _with_mean(values: Sequence[Sequence[float] | None], form: str) -> list[str]
     return [*texts, " / ".join(f"{mean:.1f}" for mean in means)]
 
 
-def _test_tables(tests: Sequence[Test], baseline: str) -> list[Table]:
+def _test_tables(tests: Sequence[PairedTest], baseline: str) -> list[Table]:
     if not tests:
         return []
     lines = [
@@ -310,7 +310,7 @@ def _summary_of(row: Row) -> dict[str, Any]:
     }
 
 
-def _test_summary(test: Test) -> dict[str, Any]:
+def _test_summary(test: PairedTest) -> dict[str, Any]:
     figures = {
         "difference": test.paired.difference,
         "p_t": test.paired.p_t,

@@ -37,7 +37,7 @@ def settings(files: Path, task: str = "medmnist3d:nodule", **changes: Any) -> Me
     return config
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "linear", "knn-3"])
+@pytest.mark.parametrize("mode", ["full", "adapter-8", "linear", "knn-3"])
 def test_training_beats_chance(mode: str, files: Path, tmp_path: Path) -> None:
     cell = Cell(task="medmnist3d:nodule", init="scratch:tiny", mode=mode, seed=1)
     # What random features of shapes are worth is less than what can be learnt.
@@ -176,7 +176,3 @@ def test_the_command(files: Path, tmp_path: Path) -> None:
     done = run("pumit-train", "finetune", *what, *places, *small, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((tmp_path / "run/result.json").read_text())
-    refused = run("pumit-train", "finetune", *what[:-1], "halves", "--data", files, "--run", tmp_path / "no")
-    assert refused.returncode == 2
-    assert "no mode 'halves'" in refused.stderr
-    assert "Traceback" not in refused.stderr

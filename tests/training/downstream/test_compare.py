@@ -20,7 +20,7 @@ from tests.commands import command
 from tests.training.downstream.labelled import QUICK, write_medmnist
 from training.downstream.compare import cells_of, load_grid, run_grid
 from training.downstream.paired import compare_paired, holm, mean_and_deviation, smallest_p
-from training.downstream.report import rows_of, paired_tests, write_report
+from training.downstream.report import paired_tests, rows_of, write_report
 
 
 @pytest.fixture(scope="module")

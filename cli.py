@@ -1192,6 +1192,10 @@ def mim(
         Path | None,
         typer.Option("--tokenizer", help="Run folder of the tokenizer.", show_default=False),
     ] = None,
+    objective: Annotated[
+        Literal["tokens", "pixels", "contrastive", "distillation"] | None,
+        typer.Option(help="What to learn; by default the preset's, mostly tokens.", show_default=False),
+    ] = None,
     preset: PresetOption = "tiny",
     data_dir: DataOption = Path("data"),
     mix_name: MixOption = None,
@@ -1202,8 +1206,10 @@ def mim(
     cache_gb: CacheLimitOption = None,
     processes: ProcessesOption = 1,
 ) -> None:
-    """Train the ViT by masked image modelling against a trained tokenizer."""
+    """Train the ViT by masked image modelling against a trained tokenizer, or by what to compare that with."""
     overrides = [*(settings or ()), *_drawn_from(mix_name, dedup), *_cached(cache, cache_gb)]
+    if objective is not None:
+        overrides.append(f"objective={objective}")
     if tokenizer_run is not None:
         overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
     _train("mim", preset, overrides, data_dir, run, resume, processes)

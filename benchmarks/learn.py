@@ -5,6 +5,8 @@
 
 - `tokenizer`: trains preset `small`, measures it on the held-out subjects beside patches painted in their mean
   colour, and draws its curves.
+- `vit`: trains the ViT of preset `tiny` on that tokenizer, and compares its loss with that of the best constant
+  prediction, and what classifiers learn from its features with what they learn from pixels.
 - `ablation`: short trainings that differ in one thing (benchmarks/learning/ablation.py), one seed after the
   other, so that all arms have some seeds whenever it is stopped. What is done is not done again.
 
@@ -26,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.learning.ablation import run_arms, write_arms
 from benchmarks.learning.corpus import build
-from benchmarks.learning.study import study
+from benchmarks.learning.study import study, vit_study
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["tokenizer", "ablation"])
+    parser.add_argument("part", choices=["tokenizer", "vit", "ablation"])
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="corpus and runs; a second call goes on there")
     parser.add_argument("--out", type=Path, help="default: results/ in --work")
@@ -43,6 +45,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if options.part == "tokenizer":
         study(corpus, options.work / "small", out, options.steps)
+    elif options.part == "vit":
+        vit_study(corpus, options.work / "small", options.work / "vit", out, options.steps)
     else:
         runs = options.work / "ablation"
         run_arms(corpus, runs, steps=options.steps or 1200, seeds=range(1, options.seeds + 1))

@@ -6,6 +6,7 @@ changes single values. Every message names the field, what it holds and what is 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.resources
 import typing
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from catalog.errors import SetupError
 
 Kind = Literal["tokenizer", "mim"]
+ObjectiveName = Literal["tokens", "pixels", "contrastive", "distillation"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -102,6 +104,13 @@ class IntervalConfig(_Section):
     """Steps between two checkpoints."""
 
 
+class MimIntervalConfig(IntervalConfig):
+    """The same for a ViT, whose features are also put to the test."""
+
+    probe_every_steps: Positive | None = None
+    """Steps between two probes (kNN, linear) of the frozen features; null never probes."""
+
+
 class RunConfig(_Section):
     """What both kinds of run share."""
 
@@ -136,6 +145,16 @@ class RunConfig(_Section):
     def draws_noise(self) -> bool:
         """Whether each process draws random numbers by itself, besides those addressed by sample."""
         return False
+
+    @property
+    def least_overlap(self) -> float | None:
+        """Of two crops of every image, what they have in common along each axis; None for one crop."""
+        return None
+
+    @property
+    def probed_images(self) -> int:
+        """Training images that probes learn from; 0 for a run without probes."""
+        return 0
 
     @model_validator(mode="after")
     def _warms_up_within_the_run(self) -> RunConfig:
@@ -245,12 +264,63 @@ class MimModelConfig(_Section):
         return self
 
 
+class PairsConfig(_Section):
+    """What objectives have in common that compare two crops of an image."""
+
+    least_overlap: Share = 0.5
+    """Share of the smaller field of view that both crops show, along each axis and before any rotation."""
+    hidden_dim: Positive = 2048
+    """Features between the layers of the heads."""
+
+
+class ContrastiveConfig(PairsConfig):
+    """Which crop shows the same image: InfoNCE over the batch, as in MoCo v3 and SimCLR."""
+
+    dim: Positive = 256
+    """Features that are compared."""
+    temperature: PositiveReal = 0.2
+    """Divides the cosines; smaller minds the hardest negatives more."""
+    momentum: Share | None = 0.99
+    """Share of the momentum encoder that the first step leaves, rising to 1; null: no such encoder (SimCLR)."""
+
+
+class DistillationConfig(PairsConfig):
+    """To say of a crop what a slower copy of the network says of another one, as in DINO."""
+
+    dim: Positive = 256
+    """Features that are compared with the prototypes."""
+    prototypes: Positive = 8192
+    """Classes that the teacher invents."""
+    local_views: Annotated[int, Field(ge=0)] = 4
+    """Crops of half the size, cut out of the two, that the student alone sees."""
+    momentum: Share = 0.996
+    """Share of the teacher that the first step leaves, rising to 1."""
+    centre_momentum: Share = 0.9
+    """Share of the centre, which keeps the teacher off a single class, that a step leaves."""
+    student_temperature: PositiveReal = 0.1
+    """Divides the student's scores."""
+    teacher_temperatures: tuple[PositiveReal, PositiveReal] = (0.04, 0.07)
+    """Divide the teacher's: in the first step, and from the end of the teacher's warm-up."""
+    teacher_warmup: Share = 0.3
+    """Share of the run in which that temperature climbs."""
+
+
 class MimRunConfig(RunConfig):
     """A run of `pumit-train mim`."""
 
     kind: Literal["mim"] = "mim"
+    objective: ObjectiveName = "tokens"
+    """What the ViT learns: the paper's masked tokens, or what to compare them with (docs/objectives.md)."""
     tokenizer: Path | None
     """Run folder of the trained tokenizer (or one of its checkpoints), whose soft tokens are the targets."""
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    """Of objective contrastive."""
+    distillation: DistillationConfig = DistillationConfig()
+    """Of objective distillation."""
+    intervals: MimIntervalConfig
+    """Steps between logging, validation, probes and checkpoints."""
+    probe_images: Positive = 128
+    """Training images that probes learn from; they are tested on half as many held-out ones."""
     initial_weights: Path | None
     """File of ViT weights to start from (EVA-02, or a published PUMIT checkpoint); null starts at random."""
     model: MimModelConfig
@@ -263,6 +333,28 @@ class MimRunConfig(RunConfig):
     @property
     def draws_noise(self) -> bool:
         return self.model.drop_path > 0
+
+    @property
+    def least_overlap(self) -> float | None:
+        if self.objective == "contrastive":
+            return self.contrastive.least_overlap
+        return self.distillation.least_overlap if self.objective == "distillation" else None
+
+    @property
+    def probed_images(self) -> int:
+        return 0 if self.intervals.probe_every_steps is None else self.probe_images
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> MimRunConfig:
+        if self.objective != "tokens" and self.tokenizer is not None:
+            raise ValueError(f"objective {self.objective} needs no tokenizer: leave it out, or learn tokens")
+        if self.objective in ("contrastive", "distillation") and self.parallel == "fsdp":
+            raise ValueError(f"objective {self.objective} keeps a second network whole: use parallel ddp")
+        if self.objective == "contrastive" and self.data.accumulate > 1:
+            raise ValueError("objective contrastive compares a whole batch at once: set data.accumulate to 1")
+        if self.objective == "contrastive" and self.data.batch_size < 2:
+            raise ValueError("objective contrastive compares images: set data.batch_size to 2 or more")
+        return self
 
     @model_validator(mode="after")
     def _shards(self) -> MimRunConfig:
@@ -282,7 +374,7 @@ _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
 
 _FREE_ON_RESUME = (
     *("device", "data.workers", "data.cache_", "data.accumulate"),
-    *("intervals.", "keep_checkpoints", "validation_"),
+    *("intervals.", "keep_checkpoints", "validation_", "probe_"),
 )
 """Fields (or sections, with the dot) that change no weight, but by rounding, so that a resumed run may set them
 anew. As with the number of processes, `accumulate` may only change where no pass draws noise (training.run)."""
@@ -339,8 +431,11 @@ def preset_names(kind: str) -> list[str]:
 def changed_fields(before: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Fields in which `before` (a configuration as JSON) differs from `config`, with both values.
 
-    Left out are those that change no weight (device, workers, intervals), which a resumed run may set.
+    Left out are those that change no weight (device, workers, intervals), which a resumed run may set. What
+    `before` lacks, since an earlier version of this program wrote it, had the value that is the default now.
     """
+    with contextlib.suppress(ValidationError):
+        before = type(config).model_validate(before).model_dump(mode="json")
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
@@ -360,9 +455,12 @@ def _set(content: dict[str, Any], override: str, config: type[BaseModel]) -> Non
     if not equals or not field:
         raise SetupError(f"--set {override}: write section.field=value, as in --set optim.peak_lr=1e-4")
     for section in sections:
-        if not isinstance(content.get(section), dict):
+        inner = _section(config, section) if section in config.model_fields else None
+        known = isinstance(inner, type) and issubclass(inner, BaseModel)
+        # A preset leaves out sections whose defaults it takes.
+        if inner is None or not known or not isinstance(content.setdefault(section, {}), dict):
             raise SetupError(f"--set {override}: {_unknown(path, section, config)}")
-        content, config = content[section], _section(config, section)
+        content, config = content[section], inner
     if field not in config.model_fields:
         raise SetupError(f"--set {override}: {_unknown(path, field, config)}")
     try:

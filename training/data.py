@@ -35,6 +35,19 @@ from training.world import World
 
 
 @dataclass(frozen=True)
+class LabelledImages:
+    """Images, and what the catalog says that they show."""
+
+    batches: list[RawBatch]
+    """Centre crops, read once."""
+    labels: dict[str, dict[str, str]]
+    """Column of the catalog -> `dataset/key` -> its value, where it is known.
+
+    `modality` is that before the slash; `body_part` counts where the dataset shows a single one.
+    """
+
+
+@dataclass(frozen=True)
 class RunData:
     """The corpus as one run sees it."""
 
@@ -46,6 +59,8 @@ class RunData:
     """Under which name measurements on them are logged: what they are, held out or not."""
     modalities: dict[str, str]
     """`dataset/key` of the validation images -> modality."""
+    probed: tuple[LabelledImages, LabelledImages] | None
+    """Training images for probes to learn from, and held-out ones to test them on; None without either."""
     fingerprints: dict[str, str]
     """What a resumed run must find unchanged."""
     lock: str
@@ -78,8 +93,10 @@ def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | N
     crop = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.data.tokens_x)
     mix = load_mix(corpus, config.data.mix)
     selection = Selection(corpus, mix, dedup=config.data.dedup)
-    candidates = Candidates(config.validation_images)
-    planner = plan_batches(corpus, crop, config.data.batch_size, config.seed, candidates, selection)
+    candidates = Candidates(max(config.validation_images, config.probed_images))
+    planner = plan_batches(
+        corpus, crop, config.data.batch_size, config.seed, candidates, selection, config.least_overlap
+    )
     shown = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.validation_tokens_x)
     reader = open_reader(corpus.shards, cache_of(config.data))
     digests = catalog_digests(corpus)
@@ -100,12 +117,14 @@ def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | N
             f"the catalog below {corpus.root} changed while it was read: wait for the ingest, then start again"
         )
     measured = _read_validation(reader, candidates, config.validation_images, shown, config.data.batch_size)
+    probed = _read_probed(corpus, reader, candidates, config.probed_images, crop, config.data.batch_size)
     return RunData(
         corpus=corpus,
         planner=planner,
         validation=measured.batches,
         validation_name="validation" if measured.held_out else "training_images",
         modalities=measured.modalities,
+        probed=probed,
         fingerprints=fingerprints,
         lock=lock_text(lock),
     )
@@ -149,6 +168,41 @@ def _read_validation(
     )
 
 
+def _read_probed(
+    corpus: Corpus, reader: Reader, candidates: Candidates, images: int, crop: CropGeometry, at_once: int
+) -> tuple[LabelledImages, LabelledImages] | None:
+    """Up to `images` training images and half as many held-out ones; None without either."""
+    table = candidates.table()
+    learnt, tested = (_having(table, "split", split) for split in ("train", "validation"))
+    if not (images and learnt.num_rows and tested.num_rows):
+        return None
+
+    def read(table: pa.Table, count: int) -> LabelledImages:
+        chosen, _ = choose_images(table, count)
+        planner = ValidationPlanner(chosen, crop, at_once)
+        return LabelledImages(
+            batches=[read_batch(reader, planner.plan(number)) for number in range(len(planner))],
+            labels=_labels(corpus, chosen),
+        )
+
+    return read(learnt, images), read(tested, -(-images // 2))
+
+
+def _labels(corpus: Corpus, chosen: pa.Table) -> dict[str, dict[str, str]]:
+    labels: dict[str, dict[str, str]] = {"modality": {}, "body_part": {}}
+    for row in chosen.select(["dataset", "key", "modality"]).to_pylist():
+        if row["modality"]:
+            labels["modality"][f"{row['dataset']}/{row['key']}"] = row["modality"].split("/")[0]
+    for dataset in sorted(set(chosen["dataset"].to_pylist())):
+        keys = chosen.filter(pc.equal(chosen["dataset"], dataset))["key"]
+        path, columns = corpus.catalog_file(dataset), ["key", "body_part"]
+        for table in read_batches(path, remedy_of(dataset), columns, schema=CATALOG_SCHEMA):
+            for row in table.filter(pc.is_in(table["key"], keys.combine_chunks())).to_pylist():
+                if len(row["body_part"] or ()) == 1:
+                    labels["body_part"][f"{dataset}/{row['key']}"] = row["body_part"][0]
+    return labels
+
+
 _EVALUATED = CropGeometry(tokens_z=4, tokens_x=8)
 _EVALUATED_AT_ONCE = 4
 
@@ -167,13 +221,15 @@ def plan_batches(
     seed: int,
     candidates: Candidates,
     selection: Selection | None = None,
+    least_overlap: float | None = None,
 ) -> BatchPlanner:
     """The planner of a corpus's training images; `candidates` takes note of those to validate on.
 
-    Without `selection`, all are drawn by their sampling weight. Raises SetupError if none can be drawn.
+    Without `selection`, all are drawn by their sampling weight. `least_overlap` as of `BatchPlanner`. Raises
+    SetupError if none can be drawn.
     """
     with contextlib.closing(training_tables(corpus, candidates, selection)) as tables:
-        return BatchPlanner(tables, crop, batch_size, seed)
+        return BatchPlanner(tables, crop, batch_size, seed, least_overlap=least_overlap)
 
 
 def training_tables(

@@ -105,7 +105,9 @@ def measure(place: Location, config: RunConfig, *, workers: int, batch_size: int
     corpus = open_corpus(place)
     crop = CropGeometry(tokens_z=config.data.tokens_z, tokens_x=config.data.tokens_x)
     selection = Selection(corpus, load_mix(corpus, config.data.mix), dedup=config.data.dedup)
-    planner = plan_batches(corpus, crop, batch_size, config.seed, Candidates(0), selection)
+    planner = plan_batches(
+        corpus, crop, batch_size, config.seed, Candidates(0), selection, config.least_overlap
+    )
 
     def load(limit_seconds: float, steps: int) -> Pass:
         loader = make_loader(corpus, planner, 0, steps - 1, workers, cache=cache_of(config.data))

@@ -66,6 +66,11 @@ class RawBatch:
         return tuple(f"{sample.image.dataset}/{sample.image.key}" for sample in self.plan.samples)
 
     @property
+    def images(self) -> tuple[str, ...]:
+        """`dataset/key` of every image, of which each may have several samples."""
+        return self.keys[:: self.plan.views]
+
+    @property
     def indices(self) -> tuple[int, ...]:
         """Position of every sample in the global batch: the address of its random numbers."""
         return tuple(sample.index for sample in self.plan.samples)
@@ -81,17 +86,18 @@ class RawBatch:
     def split(self, parts: int) -> list[RawBatch]:
         """The same in `parts` batches of about equal size, in their order: views of one buffer.
 
-        Raises SetupError if there are fewer crops than parts.
+        The crops of an image stay together. Raises SetupError if there are fewer images than parts.
         """
-        samples = self.plan.samples
-        if parts > len(samples):
+        samples, views = self.plan.samples, self.plan.views
+        images = len(samples) // views
+        if parts > images:
             raise SetupError(
-                f"a process's {len(samples)} crops of a batch cannot be made in {parts} passes: lower "
+                f"a process's {images} images of a batch cannot be made in {parts} passes: lower "
                 "data.accumulate, or raise data.batch_size"
             )
         places, size = _layout(self.plan)
         starts = [place.start for place in places] + [size]
-        ends = [part * len(samples) // parts for part in range(parts + 1)]
+        ends = [part * images // parts * views for part in range(parts + 1)]
         return [
             replace(
                 self,

@@ -35,14 +35,12 @@ def n_visible(length: int, mask_ratio: float = MASK_RATIO) -> int:
     return int(length * (1 - mask_ratio))
 
 
-class MIMConfig(BaseModel):
-    """A ViT with its masked modelling task. The defaults are those of the paper's ViT-B."""
+class MaskingConfig(BaseModel):
+    """A ViT that sees part of its tokens. The defaults are those of the paper's ViT-B."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vit: ViTConfig = ViTConfig()
-    codebook_size: int = Field(default=1024, gt=1)
-    """Codes of the tokenizer whose soft tokens are predicted."""
     mask_ratio: float = Field(default=MASK_RATIO, gt=0, lt=1)
     mask_layer_ids: tuple[int, ...] = tuple(range(12))
     """Blocks, counted from 0, that see the mask tokens."""
@@ -53,13 +51,20 @@ class MIMConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.vit.in_channels != len(IMAGENET_MEAN):
-            raise ValueError(f"masked modelling normalises 3 channels, got in_channels {self.vit.in_channels}")
+            raise ValueError(f"pre-training normalises 3 channels, got in_channels {self.vit.in_channels}")
         ids = self.mask_layer_ids
         if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= self.vit.depth:
             raise ValueError(
                 f"mask_layer_ids must be ascending block numbers in 0..{self.vit.depth - 1}, got {ids}"
             )
         return self
+
+
+class MIMConfig(MaskingConfig):
+    """A ViT with its masked modelling task. The defaults are those of the paper's ViT-B."""
+
+    codebook_size: int = Field(default=1024, gt=1)
+    """Codes of the tokenizer whose soft tokens are predicted."""
 
     @classmethod
     def base(cls, **changes: Any) -> Self:
@@ -72,28 +77,39 @@ class MIMConfig(BaseModel):
         return cls(**{"vit": ViTConfig.large(), "mask_layer_ids": tuple(range(18, 24)), **changes})
 
 
-class MaskedImageModel(nn.Module):
-    """A universal ViT that sees part of its patch tokens, and a head that predicts codes.
+class NormalisedViT(nn.Module):
+    """A universal ViT that is given crops in [0, 1]: what every pre-training has in common."""
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.vit = UniversalViT(config)
+        for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1, 1), persistent=False)
+
+    def normalise(self, x_BCDHW: Tensor) -> Tensor:
+        """Crops (B, 3, D, H, W) in [0, 1], ImageNet-normalised as the ViT takes them."""
+        return (x_BCDHW - self.image_mean) / self.image_std
+
+    def features(self, x_BCDHW: Tensor, level: int) -> Tensor:
+        """Features (B, S, C) of whole crops in [0, 1], class token first, after the last norm."""
+        return self.vit.forward_features(self.normalise(x_BCDHW), level)
+
+
+class MaskedViT(NormalisedViT):
+    """A universal ViT that sees part of its patch tokens.
 
     Input: crops (B, 3, D, H, W) in [0, 1], all of one level of anisotropy; they are ImageNet-normalised
     here. `visible_index_BV` (int64) holds the visible patch tokens of each crop, ascending, in (z, y, x)
     order, not counting the class token.
     """
 
-    image_mean: Tensor
-    image_std: Tensor
-
-    def __init__(self, config: MIMConfig) -> None:
-        super().__init__()
+    def __init__(self, config: MaskingConfig) -> None:
+        super().__init__(config.vit)
         self.config = config
-        self.vit = UniversalViT(config.vit)
-        dim = config.vit.dim
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.head = nn.Sequential(Linear(dim, dim), nn.GELU(), Linear(dim, config.codebook_size))
-        for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1, 1), persistent=False)
-        nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
-        initialise_linear(self.head)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.vit.dim))
 
     def encode(self, x_BCDHW: Tensor, level: int, visible_index_BV: Tensor) -> Tensor:
         """Features (B, S, C) after the last norm, class token first.
@@ -102,7 +118,7 @@ class MaskedImageModel(nn.Module):
         into tokens.
         """
         vit = self.vit
-        tokens_BLC, grid = vit.embed_patches((x_BCDHW - self.image_mean) / self.image_std, level)
+        tokens_BLC, grid = vit.embed_patches(self.normalise(x_BCDHW), level)
         positions_1LC = vit.positions(grid)
         visible_BL1 = visible_mask(visible_index_BV, tokens_BLC.shape[1]).unsqueeze(-1)
         if self.config.mask_token_position:
@@ -127,6 +143,19 @@ class MaskedImageModel(nn.Module):
                     part_BVC = vit.run_block(index, part_BVC, seen_rotation)
                 x_BSC = x_BSC.scatter(1, seen_BVC, part_BVC)
         return vit.norm(x_BSC)  # type: ignore[no-any-return]
+
+
+class MaskedImageModel(MaskedViT):
+    """A masked ViT and a head that predicts codes, from crops as `MaskedViT` takes them."""
+
+    config: MIMConfig
+
+    def __init__(self, config: MIMConfig) -> None:
+        super().__init__(config)
+        dim = config.vit.dim
+        self.head = nn.Sequential(Linear(dim, dim), nn.GELU(), Linear(dim, config.codebook_size))
+        nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
+        initialise_linear(self.head)
 
     def forward(self, x_BCDHW: Tensor, level: int, visible_index_BV: Tensor) -> Tensor:
         """Logits over the codebook (B, L, K) of every patch token; only those of masked ones are trained."""

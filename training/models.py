@@ -23,10 +23,10 @@ def build_tokenizer(model: TokenizerModelConfig) -> Tokenizer:
     )
 
 
-def build_mim(config: MimRunConfig, codebook_size: int) -> MaskedImageModel:
-    """A new model of the configured size, with a head for `codebook_size` codes."""
+def vit_config(config: MimRunConfig) -> ViTConfig:
+    """The ViT of the configured size."""
     model, tokens = config.model, config.data
-    vit = ViTConfig(
+    return ViTConfig(
         dim=model.dim,
         depth=model.depth,
         heads=model.heads,
@@ -34,11 +34,20 @@ def build_mim(config: MimRunConfig, codebook_size: int) -> MaskedImageModel:
         drop_path=model.drop_path,
         checkpoint_blocks=model.recompute_blocks,
     )
+
+
+def masked_blocks(config: MimRunConfig) -> tuple[int, ...]:
+    """The blocks that see mask tokens."""
+    return tuple(range(config.model.mask_from_block, config.model.depth))
+
+
+def build_mim(config: MimRunConfig, codebook_size: int) -> MaskedImageModel:
+    """A new model of the configured size, with a head for `codebook_size` codes."""
     return MaskedImageModel(
         MIMConfig(
-            vit=vit,
+            vit=vit_config(config),
             codebook_size=codebook_size,
-            mask_ratio=model.mask_ratio,
-            mask_layer_ids=tuple(range(model.mask_from_block, model.depth)),
+            mask_ratio=config.model.mask_ratio,
+            mask_layer_ids=masked_blocks(config),
         )
     )

@@ -10,13 +10,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
     from training.config import MimOptimConfig, OptimConfig
-    from training.mim import MaskedImageModel
+    from training.mim import NormalisedViT
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -44,17 +44,17 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return fused_adamw(parameter_groups(model, config.weight_decay), lr=config.peak_lr, betas=config.betas)
 
 
-def mim_adamw(model: MaskedImageModel, config: MimOptimConfig) -> torch.optim.AdamW:
-    """The same over a masked image model, with what the configuration says of single layers.
+def mim_adamw(model: NormalisedViT, config: MimOptimConfig) -> torch.optim.AdamW:
+    """The same over a ViT with its heads, and with what the configuration says of single layers.
 
     The embedding of patches, positions, class and mask token count as layer 0, block i as layer i + 1, the last
-    norm and the head as the layer above all blocks, which has the full rate (as BEiT counts them).
+    norm and the heads as the layer above all blocks, which has the full rate (as BEiT counts them).
     """
     if config.layer_lr_decay == 1 and config.patch_gradient_scale == 1:
         return adamw(model, config)
     vit, above = model.vit, len(model.vit.blocks) + 1
-    layers = dict.fromkeys((*vit.patch_embedding.parameters(), model.mask_token), 0)
-    layers |= {vit.class_token: 0, vit.position_table: 0}
+    layers = dict.fromkeys((*vit.patch_embedding.parameters(), vit.class_token, vit.position_table), 0)
+    layers |= {parameter: 0 for name, parameter in model.named_parameters() if name == "mask_token"}
     layers |= {parameter: at + 1 for at, block in enumerate(vit.blocks) for parameter in block.parameters()}
     patches = set(vit.patch_embedding.parameters())
     grouped: dict[tuple[float, float, float], list[nn.Parameter]] = {}
@@ -71,9 +71,14 @@ def mim_adamw(model: MaskedImageModel, config: MimOptimConfig) -> torch.optim.Ad
 
 
 def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the weights of `average` towards those of `model`: average = decay average + (1 - decay) model."""
+    """Move the weights of `average` towards those of `model`: average = decay average + (1 - decay) model.
+
+    `average` may lack some that `model` has.
+    """
+    followed = dict(model.named_parameters())
+    leading: list[Tensor] = [followed[name] for name, _ in average.named_parameters()]
     with torch.no_grad():
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        torch._foreach_lerp_(list(average.parameters()), leading, 1 - decay)
 
 
 def fused_adamw(parameters: ParamsT, **options: Any) -> torch.optim.AdamW:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from training.world import World
@@ -41,11 +41,13 @@ def replicated(model: nn.Module, world: World) -> nn.Module:
 def shard(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Spread parameters, gradients and optimizer state of `model` over the processes, in place.
 
-    Each of `layers` is put together for its own pass alone; what belongs to none, for the whole pass.
+    Each of `layers` is put together for its own pass alone; what belongs to none, for a whole pass of `forward`
+    or `features`.
     """
     for layer in layers:
         fully_shard(layer)
     fully_shard(model)
+    register_fsdp_forward_method(model, "features")
 
 
 def is_sharded(model: nn.Module) -> bool:

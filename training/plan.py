@@ -9,6 +9,7 @@ Coordinates: voxel centres lie at integers, so an axis of n voxels spans [-0.5, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,8 @@ class BatchPlan:
     global_size: int
     """Samples of the step over all ranks; losses are weighted by it, as slices may differ by one."""
     samples: tuple[SamplePlan, ...]
+    views: int = 1
+    """Crops of each image, which follow one another in `samples`."""
 
 
 class Planner(Protocol):
@@ -136,6 +139,10 @@ class BatchPlanner:
     Images are drawn with replacement with probability proportional to `sampling_weight` and to their
     probability of the level. The order of rows does not matter.
 
+    With `least_overlap`, every image gives two crops (`BatchPlan.views`). The first is the one it would give
+    alone; the second has random numbers of its own, and lies so that the fields of view, before any rotation,
+    have at least that share of the smaller one in common along each axis, to a voxel.
+
     Whatever grows with the number of images lies in shared memory without a name, which workers map.
     """
 
@@ -146,11 +153,13 @@ class BatchPlanner:
         batch_size: int,
         seed: int,
         augmentation: AugmentationConfig | None = None,
+        least_overlap: float | None = None,
     ) -> None:
         """Args:
             rows: catalog rows of the training split with IMAGE_COLUMNS, in any order; or several such tables
                 in the order of (dataset, key), of which one is in memory at a time.
-            batch_size: crops in a step over all ranks.
+            batch_size: images in a step over all ranks, each of one crop or, with `least_overlap`, of two.
+            least_overlap: share from 0 to 1.
 
         Raises SetupError if a row cannot be trained on (held out, not ingested, weight or window unusable),
         or if no image has a positive weight.
@@ -163,6 +172,7 @@ class BatchPlanner:
         self.batch_size = batch_size
         self.seed = seed
         self.augmentation = augmentation or AugmentationConfig()
+        self.least_overlap = least_overlap
         self._images = Images([rows] if isinstance(rows, pa.Table) else rows, "train")
         self._draws = self._weigh()
         if not any(len(draw.rows) for draw in self._draws):
@@ -214,8 +224,18 @@ class BatchPlanner:
         u = uniforms(self.seed, Stream.SAMPLE, step, first, stop - first, _DRAWS)
         rows = self._draws[level].draw(u[:, _Draw.IMAGE])
         samples = self._samples(np.arange(first, stop), rows, level, crop_size, u)
+        views = 1
+        if self.least_overlap is not None:
+            views, v = 2, uniforms(self.seed, Stream.SECOND_VIEW, step, first, stop - first, _DRAWS)
+            others = self._samples(np.arange(first, stop), rows, level, crop_size, v, beside=samples)
+            samples = tuple(itertools.chain.from_iterable(zip(samples, others, strict=True)))
         return BatchPlan(
-            step=step, level=level, crop_size=crop_size, global_size=self.batch_size, samples=samples
+            step=step,
+            level=level,
+            crop_size=crop_size,
+            global_size=self.batch_size,
+            samples=samples,
+            views=views,
         )
 
     def _level(self, step: int) -> int:
@@ -229,7 +249,9 @@ class BatchPlanner:
         level: int,
         crop_size: tuple[int, int, int],
         u: Reals,
+        beside: tuple[SamplePlan, ...] = (),
     ) -> tuple[SamplePlan, ...]:
+        """One crop of each of n images, from the random numbers (n, _DRAWS); those `beside` are overlapped."""
         config, (shape, spacing) = self.augmentation, self._images.geometry(rows)
         scales = image_scales(spacing, np.minimum(shape[:, 1], shape[:, 2]), self.crop, config.scale)
         depth_scale, in_plane_scale = draw_scales(
@@ -238,7 +260,12 @@ class BatchPlanner:
         scale = np.stack([depth_scale, in_plane_scale, in_plane_scale], axis=1)
         matrix = _matrices(config, scales, spacing, scale, u)
         size = np.array(crop_size)
-        centre = _centres(shape, size, scale, u[:, [_Draw.POSITION_Z, _Draw.POSITION_Y, _Draw.POSITION_X]])
+        lowest, highest = np.zeros_like(scale), shape - scale * size
+        if beside and self.least_overlap is not None:
+            nearest, farthest = _starts_beside(beside, size, scale, self.least_overlap)
+            lowest, highest = np.maximum(lowest, nearest), np.minimum(highest, farthest)
+        position = u[:, [_Draw.POSITION_Z, _Draw.POSITION_Y, _Draw.POSITION_X]]
+        centre = _centres(shape, size, scale, lowest, highest, position)
         box = _boxes(shape, size, centre, matrix, self.crop.max_read_slices)
         return _sample_plans(
             index=indices,
@@ -406,16 +433,54 @@ def _rotation(angles_zyx: Reals) -> Reals:
     return total
 
 
-def _centres(shape: npt.NDArray[np.int64], size: npt.NDArray[np.int64], scale: Reals, u: Reals) -> Reals:
-    """Centres of the crops in voxels of the image, (n, 3): uniform where the unrotated field of view fits.
+def overlap(one: SamplePlan, other: SamplePlan, size: tuple[int, int, int]) -> float:
+    """Share of the smaller field of view that two crops of an image, of `size` voxels, have in common.
+
+    Of fields of view as they lie before rotation, by volume; padding outside the image counts.
+    """
+    centres = np.array([_in_image(crop) for crop in (one, other)])
+    fields = np.array([one.scale, other.scale]) * size
+    start, stop = (centres - fields / 2).max(axis=0), (centres + fields / 2).min(axis=0)
+    return float(np.prod(np.clip(stop - start, 0, None) / fields.min(axis=0)))
+
+
+def _in_image(crop: SamplePlan) -> list[float]:
+    """Centre of a crop in voxels of its image."""
+    return [at + first for at, (first, _) in zip(crop.centre, crop.box, strict=True)]
+
+
+def _starts_beside(
+    beside: tuple[SamplePlan, ...], size: npt.NDArray[np.int64], scale: Reals, share: float
+) -> tuple[Reals, Reals]:
+    """First and last start of crops that have `share` of the smaller field of view in common with others."""
+    others = np.array([crop.scale for crop in beside]) * size
+    middle = np.array([_in_image(crop) for crop in beside])
+    fields = scale * size
+    reach = (others + fields) / 2 - share * np.minimum(others, fields)
+    start = middle - (fields - 1) / 2
+    return start - reach, start + reach
+
+
+def _centres(
+    shape: npt.NDArray[np.int64],
+    size: npt.NDArray[np.int64],
+    scale: Reals,
+    lowest: Reals,
+    highest: Reals,
+    u: Reals,
+) -> Reals:
+    """Centres of the crops in voxels of the image, (n, 3): fields of view start from `lowest` to `highest`.
 
     An unscaled axis starts at a whole voxel, so that an unscaled, unrotated crop is a plain slice. Along an
     axis shorter than the field of view the image is centred (the odd voxel of padding comes last).
     """
     field_of_view = scale * size
     slack = shape - field_of_view
-    whole = np.where(slack >= 0, np.floor(u * (slack + 1)), np.ceil(slack / 2))
-    free = np.where(slack >= 0, u * slack, slack / 2)
+    # Where no whole voxel lies between, the next one below is as near as whole voxels come.
+    last = np.floor(highest)
+    first = np.minimum(np.ceil(lowest), last)
+    whole = np.where(slack >= 0, first + np.floor(u * (last - first + 1)), np.ceil(slack / 2))
+    free = np.where(slack >= 0, lowest + u * (highest - lowest), slack / 2)
     start: Reals = np.where(scale == 1, whole, free)
     return start + (field_of_view - 1) / 2
 

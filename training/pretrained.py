@@ -30,7 +30,7 @@ from training.config import MimRunConfig, TokenizerRunConfig, parse
 from training.extractor import ViTBackbone
 from training.fit import misfits
 from training.mim import MaskedImageModel, MIMConfig
-from training.models import build_mim, build_tokenizer
+from training.models import build_mim, build_tokenizer, vit_config
 from training.run import newest_checkpoint, read_state, write_json
 from training.speed import SPEEDS
 from training.tokenizer import Tokenizer, TokenizerConfig
@@ -44,7 +44,7 @@ FORMAT: Literal["pumit-data model"] = "pumit-data model"
 VERSION = 1
 """Of the folder's layout."""
 
-_AVERAGE = "ema.safetensors"
+_AVERAGE, _TEACHER = "ema.safetensors", "teacher.safetensors"
 _WEIGHTS, _CONFIG, _CARD, _STATE = "model.safetensors", "config.json", "README.md", "state.json"
 _PLACES = ("tokenizer", "initial_weights", "lpips_weights_file")
 """Settings of a run that name places of the machine it ran on."""
@@ -90,14 +90,19 @@ def load_vit(place: str | Path, blocks: Sequence[int] | None = None) -> ViTBackb
 def load_pretrained(place: str | Path, *, average: bool = False) -> Model:
     """The model at `place` (the head of this module says what that may be), on the CPU, in training mode.
 
-    With `average`, the moving average of its weights, which the checkpoints of a run with `ema_decay` hold.
-    Raises SetupError where there is none, or a file is damaged, incomplete or of a later version.
+    With `average`, the moving average of its weights, which the checkpoints of a run with `ema_decay` hold. Of
+    a run with another objective than tokens it is the ViT alone; of distillation that of the teacher, which is
+    what such a training is for. Raises SetupError where there is none, or a file is damaged, incomplete or of a
+    later version.
     """
     folder = find_pretrained(place)
-    file = folder / (_AVERAGE if average else _WEIGHTS)
+    objective = _objective(folder)
+    file = folder / (_AVERAGE if average else _TEACHER if objective == "distillation" else _WEIGHTS)
     if average and not file.is_file():
         raise SetupError(f"{folder} holds no moving average: train with --set ema_decay=0.9999 to keep one")
     tensors = read_tensors(file)
+    if objective not in (None, "tokens"):
+        tensors = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("vit.")}
     model = _blank(folder, tensors)
     problems = misfits(tensors, model.state_dict())
     if problems:
@@ -284,10 +289,21 @@ def _blank(folder: Path, tensors: Mapping[str, Tensor]) -> Model:
     origin = f"checkpoint {folder}"
     if state["config"].get("kind") == "tokenizer":
         return build_tokenizer(parse(TokenizerRunConfig, state["config"], origin).model)
+    config = parse(MimRunConfig, state["config"], origin)
+    if config.objective != "tokens":
+        return UniversalViT(vit_config(config))
     head = tensors.get("head.2.bias")
     if head is None:
         raise SetupError(f"{folder / _WEIGHTS} lacks head.2.bias: it is not whole. Take another checkpoint.")
-    return build_mim(parse(MimRunConfig, state["config"], origin), len(head))
+    return build_mim(config, len(head))
+
+
+def _objective(folder: Path) -> str | None:
+    """What the ViT of a checkpoint learnt; None of a tokenizer and of exports, which say what they hold."""
+    if (folder / _CONFIG).is_file():
+        return None
+    config = read_state(folder)["config"]
+    return config.get("objective", "tokens") if config.get("kind") == "mim" else None
 
 
 def _description(folder: Path) -> Description:

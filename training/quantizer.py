@@ -15,7 +15,7 @@ Logarithms are taken in float32 at least, whatever the precision of the features
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.onednn import Linear, linear
+from training.world import sum_over_ranks
 
 
 class Quantised(NamedTuple):
@@ -176,13 +177,8 @@ def mean_usage(probabilities: Tensor, *, across_ranks: bool) -> Tensor:
     tokens = probabilities.numel() // probabilities.shape[-1]
     if not (across_ranks and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return total_K / tokens
-    packed: Tensor = _sum_over_ranks(torch.cat([total_K, total_K.new_tensor([tokens])]))
+    packed: Tensor = sum_over_ranks(torch.cat([total_K, total_K.new_tensor([tokens])]))
     return packed[:-1] / packed[-1]
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    return _SumOverRanks.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def diversity_of_part(probabilities: Tensor, whole_K: Tensor) -> Tensor:
@@ -222,19 +218,3 @@ def _mix(probabilities_BDHWK: Tensor, codebook_KC: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce (sum) whose backward is the same sum over the processes' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        total = local.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total

@@ -21,6 +21,8 @@ class Stream(IntEnum):
     SAMPLE = 1
     VISIBLE = 2
     SLICES = 3
+    SECOND_VIEW = 4
+    LOCAL_VIEW = 5
 
 
 def uniforms(

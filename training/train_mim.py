@@ -1,7 +1,4 @@
-"""Masked image modelling, from top to bottom: the ViT predicts the tokens of patches it does not see.
-
-Shape suffixes: B crops, C channels, D H W voxels, d h w tokens, L = d * h * w, V visible tokens, K codes.
-"""
+"""The pre-training of a ViT, from top to bottom, whatever it learns: masked tokens, or one of `objectives`."""
 
 from __future__ import annotations
 
@@ -11,31 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from catalog.errors import SetupError
-from catalog.manifest import digest_of
 from catalog.store import Location
-from training.augment import Crops, render
-from training.config import MimRunConfig
+from training.config import MimRunConfig, ObjectiveName
 from training.data import RunData, open_data
-from training.flops import StepCounter, mim_counter
+from training.flops import StepCounter
 from training.loader import RawBatch
-from training.mim import MaskedImageModel, mim_loss, n_visible, visible_mask
-from training.models import build_mim
+from training.mim import MaskedImageModel, NormalisedViT
+from training.objectives import contrastive, distillation, pixel, tokens
+from training.objectives.objective import Objective, Recipe
 from training.optim import follow, learning_rate, mim_adamw, set_learning_rate
 from training.parallel import passes, replicated, shard
-from training.pictures import Row, caption, contact_sheet, hide, middle_slice
-from training.plan import visible_indices
-from training.pretrained import find_pretrained, load_tokenizer
+from training.probe import Probe
 from training.run import Run
-from training.tokenizer import Tokenizer
-from training.transfer import sent
-from training.validation import Means, evaluating
 from training.weights import load_weights
 from training.world import World
+
+_RECIPES: dict[ObjectiveName, Callable[[MimRunConfig], Recipe[Any]]] = {
+    "tokens": tokens.recipe,
+    "pixels": pixel.recipe,
+    "contrastive": contrastive.recipe,
+    "distillation": distillation.recipe,
+}
 
 
 def train(
@@ -50,62 +46,62 @@ def train(
 
     `licences` as of `open_data`. Every process of the `world` calls.
 
-    Returns first and last loss, images per second and the last validation, as written to summary.json.
-    Raises SetupError (corpus, tokenizer, folder, resume, divergence) and TrainingInterrupted (SIGTERM, SIGINT).
+    Returns first and last loss, images per second, the last validation and the last probes, as written to
+    summary.json. Raises SetupError (corpus, tokenizer, folder, resume, divergence) and TrainingInterrupted
+    (SIGTERM, SIGINT).
     """
     # Input
-    if config.tokenizer is None:
-        raise SetupError(
-            "the targets come from a trained tokenizer: run `pumit-train tokenizer` first and give its --run "
-            "folder with --set tokenizer=PATH"
-        )
-    pretrained = find_pretrained(config.tokenizer)
-    tokenizer = load_tokenizer(pretrained).eval().requires_grad_(False)
+    recipe = _RECIPES[config.objective](config)
     data = open_data(corpus, config, licences)
-    fingerprints = data.fingerprints | {"tokenizer": digest_of(pretrained / "model.safetensors")}
+    fingerprints = {**data.fingerprints, **recipe.fingerprints}
     with Run(run_dir, config, fingerprints=fingerprints, resume=resume, lock=data.lock, world=world) as run:
-        networks = build(run, config, tokenizer)
+        networks = build(run, config, recipe, data)
+        objective, probe = networks.objective, Probe.of(run, config, data, networks.objective.encoder)
+        run.restore(networks.models, {"model": networks.optimizer})
         measured: dict[str, float] = {}
         loader = data.loader(config, run.first_step, run.world)
         run.take_meter = loader.take_meter
         for step, batch in zip(run.steps(), loader, strict=True):
             scalars = train_step(run, networks, config, step, batch)
-            run.finish_step(step, scalars, networks.counter.work(batch.plan))
+            run.finish_step(step, scalars, networks.counter.work(batch.plan) if networks.counter else None)
 
             if run.due(step, config.intervals.validate_every_steps):
-                measured = validate(run, step, networks.model, networks.tokenizer, data, config)
+                measured |= objective.validate(step)
+            if probe is not None and run.due(step, probe.every_steps):
+                measured |= probe.measure(step)
             if run.due(step, config.intervals.save_every_steps):
                 run.save(step + 1)
-        last = config.steps - 1
-        return run.summary(measured or validate(run, last, networks.model, networks.tokenizer, data, config))
+        if not measured:  # resumed after its last step
+            measured = objective.validate(config.steps - 1) | (probe.measure(config.steps - 1) if probe else {})
+        return run.summary(measured | (probe.baselines if probe else {}))
 
 
 @dataclass(frozen=True, eq=False)
 class Networks:
     """What a step works with, on the run's device."""
 
-    tokenizer: Tokenizer
-    """Frozen."""
-    model: MaskedImageModel
+    objective: Objective
+    model: NormalisedViT
     optimizer: torch.optim.Optimizer
-    average: MaskedImageModel | None
+    average: NormalisedViT | None
     """Moving average of the model's weights."""
     trained: nn.Module
     """`model`, to be called in training."""
-    encode: Callable[[Tensor, int], Tensor]
-    """Of the tokenizer, to be called in training."""
-    counter: StepCounter
+    models: Mapping[str, nn.Module]
+    """All that belongs into a checkpoint, by file name."""
+    counter: StepCounter | None
 
 
-def build(run: Run, config: MimRunConfig, tokenizer: Tokenizer) -> Networks:
-    """Make the networks, new or as of the checkpoint that the run goes on from."""
-    tokenizer = tokenizer.to(run.device)
-    model = build_mim(config, tokenizer.config.codebook_size)
+def build(run: Run, config: MimRunConfig, recipe: Recipe[Any], data: RunData) -> Networks:
+    """Make the networks, with new weights or the initial ones that the configuration names."""
+    model = recipe.build()
     if config.initial_weights is not None:
-        run.console.print(str(load_weights(model, config.initial_weights)))
+        filled = model if isinstance(model, MaskedImageModel) else model.vit
+        run.console.print(str(load_weights(filled, config.initial_weights)))
     model = model.to(run.device)
-    counter = mim_counter(config.data.batch_size, model, tokenizer)
-    models: dict[str, nn.Module] = {"model": model}
+    objective = recipe.begin(run, data, model)
+    counter = None if recipe.counter is None else recipe.counter(model)
+    models: dict[str, nn.Module] = {"model": model, **objective.companions}
     average = None
     if config.ema_decay is not None:
         average = models["ema"] = copy.deepcopy(model).requires_grad_(False)
@@ -114,15 +110,13 @@ def build(run: Run, config: MimRunConfig, tokenizer: Tokenizer) -> Networks:
         for network in (model, average):
             if network is not None:
                 shard(network, network.vit.blocks)
-    optimizer = mim_adamw(model, config.optim)
-    run.restore(models, {"model": optimizer})
     return Networks(
-        tokenizer=tokenizer,
+        objective=objective,
         model=model,
-        optimizer=optimizer,
+        optimizer=mim_adamw(model, config.optim),
         average=average,
         trained=model if sharded else replicated(run.compiled(model), run.world),
-        encode=run.compiled(tokenizer.encode),
+        models=models,
         counter=counter,
     )
 
@@ -134,88 +128,9 @@ def train_step(
     lr = learning_rate(step, config.steps, config.optim)
     set_learning_rate(networks.optimizer, lr)
     for part in passes(networks.trained, batch.split(config.data.accumulate)):
-        crops = render(part, run.device)
-        with torch.no_grad(), run.autocast():
-            target_logits_BLK = networks.encode(2 * crops.voxels - 1, crops.level).flatten(1, 3)
-        visible_BV = sent(draw_visible(config, part, target_logits_BLK.shape[1]), run.device)
-        with run.autocast():
-            logits_BLK = networks.trained(crops.voxels, crops.level, visible_BV)
-        losses = mim_loss(logits_BLK, target_logits_BLK, visible_BV)
-        run.backward(losses.loss, crops.keys, losses._asdict())
+        losses = networks.objective.losses(networks.trained, part)
+        run.backward(losses["loss"], part.images, losses)
     means = run.update(networks.optimizer, config.optim.max_grad_norm)
     if networks.average is not None and config.ema_decay is not None:
         follow(networks.average, networks.model, config.ema_decay)
-    return {"lr": lr, **means}
-
-
-def validate(
-    run: Run,
-    step: int,
-    model: MaskedImageModel,
-    tokenizer: Tokenizer,
-    data: RunData,
-    config: MimRunConfig,
-) -> dict[str, float]:
-    """Measure predictions of hidden tokens under fixed masks, log them and draw the contact sheet.
-
-    Loss, KL divergence and target entropy in nats, accuracies as shares of the hidden tokens.
-    """
-    means, rows = Means(), []
-    with evaluating(model):
-        for batch in data.validation:
-            crops = render(batch, run.device)
-            with run.autocast():
-                target_logits_BdhwK = tokenizer.encode(2 * crops.voxels - 1, crops.level)
-                target_logits_BLK = target_logits_BdhwK.flatten(1, 3)
-                visible_BV = draw_visible(config, batch, target_logits_BLK.shape[1]).to(run.device)
-                logits_BLK = model(crops.voxels, crops.level, visible_BV)
-            means.add(len(crops.keys), mim_loss(logits_BLK, target_logits_BLK, visible_BV)._asdict())
-            rows += picture_rows(data, crops, tokenizer, target_logits_BdhwK, logits_BLK, visible_BV)
-    measured = {f"{data.validation_name}/{name}": value for name, value in means.result().items()}
-    run.log(step, measured)
-    if run.world.rank == 0:
-        columns = ["input", "tokenizer", "masked", "prediction"]
-        rows.sort(key=lambda row: row.caption)  # by modality, then DA level
-        contact_sheet(run.picture_file(step), f"masked image modelling, step {step + 1}", columns, rows)
-    return measured
-
-
-def picture_rows(
-    data: RunData,
-    crops: Crops,
-    tokenizer: Tokenizer,
-    target_logits_BdhwK: Tensor,
-    logits_BLK: Tensor,
-    visible_BV: Tensor,
-) -> list[Row]:
-    """Each crop as it is, as the tokenizer restores it, masked, and with its hidden tokens predicted.
-
-    The prediction's visible tokens are the tokenizer's, so that only what the ViT imagined differs.
-    """
-    visible_Bdhw = visible_mask(visible_BV, logits_BLK.shape[1]).view(target_logits_BdhwK.shape[:-1])
-    p_BdhwK = target_logits_BdhwK.float().softmax(dim=-1)
-    q_BdhwK = logits_BLK.float().softmax(dim=-1).view_as(p_BdhwK)
-    restored, predicted = (
-        tokenizer.decode(tokenizer.quantizer.mix(mixture), crops.level) / 2 + 0.5
-        for mixture in (p_BdhwK, torch.where(visible_Bdhw[..., None], p_BdhwK, q_BdhwK))
-    )
-    rows = []
-    for number, key in enumerate(crops.keys):
-        panel = middle_slice(crops.voxels[number])
-        depth, tokens = crops.voxels.shape[2], visible_Bdhw.shape[1]
-        visible_hw = visible_Bdhw[number, depth // 2 * tokens // depth]
-        panels = [panel, middle_slice(restored[number]), hide(panel, visible_hw)]
-        rows.append(
-            Row(caption(data.modalities[key], key, crops.level), [*panels, middle_slice(predicted[number])])
-        )
-    return rows
-
-
-def draw_visible(config: MimRunConfig, batch: RawBatch, length: int) -> Tensor:
-    """Which of `length` patch tokens each crop shows to the ViT: (B, V) int64 on the CPU, ascending.
-
-    A function of seed, step and position in the global batch alone, so the same on any number of processes.
-    """
-    count = n_visible(length, config.model.mask_ratio)
-    rows = [visible_indices(config.seed, batch.step, index, length, count) for index in batch.indices]
-    return torch.from_numpy(np.stack(rows))
+    return {"lr": lr, **networks.objective.finish_step(step), **means}

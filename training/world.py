@@ -68,6 +68,28 @@ class World(NamedTuple):
         return tensor
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """`tensor` summed over all processes, which must be several; the gradient runs through the sum."""
+    return _SumOverRanks.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce (sum) whose backward is the same sum over the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
 class PeerLost(SystemExit):
     """Another process of the training ended; this one ends with exit code 3, as an interruption does."""
 

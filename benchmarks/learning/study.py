@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from benchmarks.learning.ablation import HELD_OUT
 from catalog.output import batches_of, write_csv
+from training import train_mim
 from training.config import load_preset
 from training.data import open_validation
 from training.evaluate import draw_codebook, draw_reconstructions, evaluate_tokenizer
@@ -21,6 +24,14 @@ CURVES = (
     ("loss/reconstruction", "L1 of training crops"),
     ("validation/codebook_perplexity", "perplexity of the codebook"),
     ("validation/token_entropy", "entropy of a token, nats"),
+)
+
+
+VIT_CURVES = (
+    ("validation/loss", "loss on held-out images, nats"),
+    ("validation/accuracy_top5", "their likeliest code among five"),
+    ("probe/modality/linear/mean", "modality, linear on mean token"),
+    ("probe/body_part/linear/mean", "body part, linear on mean token"),
 )
 
 
@@ -42,6 +53,40 @@ def study(corpus: Path, run: Path, out: Path, steps: int | None) -> None:
     draw_codebook(evaluation, out / "codebook.png")
     draw_curves(run / "tensorboard", out / "curves.png", CURVES)
     print((out / "tokenizer.md").read_text(encoding="utf-8"))
+
+
+def vit_study(corpus: Path, tokenizer: Path, run: Path, out: Path, steps: int | None) -> None:
+    """Train the ViT of preset `tiny` on the tokens of `tokenizer`; probe what it knows of held-out subjects."""
+    if not (run / "summary.json").exists():
+        longer = [f"steps={steps}", f"intervals.probe_every_steps={max(steps // 8, 1)}"] if steps else []
+        settings = [f"tokenizer={json.dumps(str(tokenizer))}", *longer]
+        train_mim.train(load_preset("mim", "tiny", settings), corpus, run, resume=run.exists())
+    measured = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    loss, unigram, least = (
+        measured[f"validation/{name}"] for name in ("loss", "unigram_loss", "target_entropy")
+    )
+    lines = [
+        "| loss on hidden tokens of held-out images | nats |",
+        "|---|---|",
+        f"| best prediction that is the same everywhere | {unigram:.3f} |",
+        f"| ViT | {loss:.3f} |",
+        f"| entropy of the tokens: nothing can be below | {least:.3f} |",
+        "",
+        "| mean recall on held-out subjects | grey pixels | untrained ViT | trained ViT |",
+        "|---|---|---|---|",
+    ]
+    for column, method in itertools.product(("modality", "body_part"), ("knn", "linear")):
+        cells = []
+        for source in ("probe_pixels", "probe_untrained", "probe"):
+            prefix = f"{source}/{column}/{method}/"
+            found = [
+                (name.removeprefix(prefix), measured[name]) for name in measured if name.startswith(prefix)
+            ]
+            cells.append(", ".join(f"{value:.2f} ({features})" for features, value in found))
+        lines.append(f"| {column.replace('_', ' ')}, {method} | {' | '.join(cells)} |")
+    (out / "vit.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw_curves(run / "tensorboard", out / "vit-curves.png", VIT_CURVES)
+    print("\n".join(lines))
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

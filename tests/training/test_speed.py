@@ -22,6 +22,7 @@ from training.data import open_data
 from training.flops import StepCounter, crop_tokens, mim_counter, without_data
 from training.loader import RawBatch, read_batch
 from training.models import build_mim, build_tokenizer
+from training.objectives.tokens import recipe_for
 from training.run import Run
 from training.speed import GraphWatch, Speed, StepWork, peak_flops, peak_of
 from training.tokenizer import Tokenizer
@@ -223,7 +224,9 @@ def step_without_data(
     config = load_preset("mim", "tiny", [*SMALL, *VIT, "ema_decay=0.9", "data.accumulate=2"])
     with Run(folder, config, fingerprints={}, resume=False) as run:
         run.device = torch.device("meta")
-        networks = train_mim.build(run, config, without_data(tokenizer))
+        networks = train_mim.build(
+            run, config, recipe_for(config, without_data(tokenizer)), open_data(corpus, config)
+        )
         for level, batch in batches(corpus, config).items():
             with NothingIsWaitedFor():
                 for step in range(2):
@@ -234,7 +237,7 @@ def test_a_step_of_masked_image_modelling_waits_for_nothing(corpus, tokenizer, t
     step_without_data(corpus, tokenizer, tmp_path / "run", monkeypatch)
 
 
-@pytest.mark.parametrize("place", ["training.train_mim", "training.augment"])
+@pytest.mark.parametrize("place", ["training.objectives.tokens", "training.augment"])
 def test_a_step_that_would_wait_for_a_copy_is_found(corpus, tokenizer, tmp_path, monkeypatch, place):
     monkeypatch.setattr(f"{place}.sent", lambda tensor, device: tensor.to(device))
     with pytest.raises(AssertionError, match="would wait"):
@@ -245,7 +248,7 @@ def test_a_step_that_would_wait_for_a_copy_is_found(corpus, tokenizer, tmp_path,
 def test_a_step_waits_for_nothing_on_a_gpu(corpus, tokenizer, tmp_path):
     config = load_preset("mim", "tiny", [*SMALL, *VIT, "device=cuda", "precision=bf16", "data.accumulate=2"])
     with Run(tmp_path / "run", config, fingerprints={}, resume=False) as run:
-        networks = train_mim.build(run, config, tokenizer)
+        networks = train_mim.build(run, config, recipe_for(config, tokenizer), open_data(corpus, config))
         for level, batch in batches(corpus, config).items():
             pinned = batch.pin_memory()
             train_mim.train_step(run, networks, config, 2 * level, pinned)  # the first may make tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -16,6 +17,8 @@ from tests.training_process import train_in_process
 from training import train_mim, train_tokenizer
 from training.config import MimRunConfig, load_preset
 from training.mim import MIMLoss
+from training.models import build_mim
+from training.objectives import tokens
 from training.run import TrainingDivergedError, newest_checkpoint, read_state
 from training.weights import load_weights
 
@@ -67,6 +70,7 @@ def test_the_loss_falls_and_the_summary_says_how_well_it_went(toy_corpus, tokeni
     summary = train_mim.train(longer, toy_corpus, tmp_path / "run", resume=False)
     assert summary["last_loss"] < summary["first_loss"]
     assert summary["validation/kl"] >= 0
+    assert 0 < summary["validation/unigram_loss"] <= math.log(16)
     assert summary["validation/loss"] == pytest.approx(
         summary["validation/kl"] + summary["validation/target_entropy"], rel=1e-4
     )
@@ -136,20 +140,20 @@ def test_a_resume_with_another_tokenizer_is_refused(toy_corpus, tokenizer, whole
 def test_losses_that_are_not_finite_stop_the_run_and_name_the_images(
     toy_corpus, tokenizer, tmp_path, monkeypatch
 ):
-    real = train_mim.mim_loss
+    real = tokens.mim_loss
 
     def spoilt(*args: torch.Tensor) -> MIMLoss:
         losses = real(*args)
         return losses._replace(loss=losses.loss * float("nan"))
 
-    monkeypatch.setattr(train_mim, "mim_loss", spoilt)
+    monkeypatch.setattr(tokens, "mim_loss", spoilt)
     with pytest.raises(TrainingDivergedError, match=r"step 0:.*toy/.*step 2:.*toy/"):
         train_mim.train(config(tokenizer), toy_corpus, tmp_path / "run", resume=False)
 
 
 def test_a_checkpoint_is_a_weight_file_that_starts_another_run(toy_corpus, tokenizer, whole, tmp_path):
     file = newest_checkpoint(whole) / "model.safetensors"
-    report = load_weights(train_mim.build_mim(config(tokenizer), 16), file)
+    report = load_weights(build_mim(config(tokenizer), 16), file)
     assert not report.missing
     started = config(tokenizer, f"initial_weights={file}", "steps=2", "optim.peak_lr=1e-12", "optim.min_lr=0")
     train_mim.train(started, toy_corpus, tmp_path / "run", resume=False)

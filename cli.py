@@ -1215,6 +1215,70 @@ def mim(
     _train("mim", preset, overrides, data_dir, run, resume, processes)
 
 
+@train.command()
+def finetune(
+    run: Annotated[Path, typer.Option("--run", help="Folder for the result.")],
+    task: Annotated[str, typer.Option(help="medmnist3d:NAME, catalog:COLUMN ... (docs/downstream.md).")],
+    init: Annotated[
+        str, typer.Option(help="Run, export or hub id; scratch, eva02, swin-unetr:FILE, FILE.py:function.")
+    ],
+    mode: Annotated[
+        str, typer.Option(help="full, linear, last-K, lora, adapter, adaptformer; of classes also knn.")
+    ] = "full",
+    fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the labels that is used.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of new weights, of the share, of the order.")] = 0,
+    preset: PresetOption = "paper",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where the task's images lie.", show_default=False),
+    ] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a pre-trained network on a task with labels, and measure it; repeated, it goes on."""
+    from training.downstream.cells import run_cell, settings_of
+    from training.downstream.report import result_lines
+    from training.downstream.task import Cell
+
+    if not fraction > 0:
+        raise SetupError("--fraction must be above 0")
+    cell = Cell(task=task, init=init, mode=mode, fraction=fraction, seed=seed)
+    with _writing(run):
+        result = run_cell(cell, settings_of(task, preset, data, settings or []), run)
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        for line in result_lines(result):
+            _print(line)
+        _print(f"Result: {run}")
+
+
+@train.command()
+def compare(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="What to compare; docs/downstream.md.")],
+    output: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Runs, tables and pictures.")],
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Run nothing; write the tables of what is there.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run all of a grid of starts, modes, shares of labels and seeds; repeated, only what is missing."""
+    from training.downstream.compare import load_grid, run_grid
+    from training.downstream.report import write_report
+
+    wanted = load_grid(grid)
+    with _writing(output):
+        outcome = run_grid(wanted, output, run=not report_only)
+        summary = write_report(wanted, outcome, output)
+    if as_json:
+        _print_json(summary)
+    else:
+        _print((output / "report.md").read_text(encoding="utf-8").rstrip())
+        _print(f"Report: {output / 'report.html'}")
+    if outcome.failures:
+        sys.exit(SOME_FAILED)
+
+
 evaluate_app = typer.Typer(help="Measure what a trained model can do.", no_args_is_help=True)
 train.add_typer(evaluate_app, name="evaluate")
 

@@ -13,12 +13,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from catalog.errors import SetupError
+
+if TYPE_CHECKING:
+    from training.engine_config import EngineConfig
 
 Kind = Literal["tokenizer", "mim"]
 ObjectiveName = Literal["tokens", "pixels", "contrastive", "distillation"]
@@ -430,14 +433,15 @@ def preset_names(kind: str) -> list[str]:
     )
 
 
-def changed_fields(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+def changed_fields(before: Mapping[str, Any], config: EngineConfig) -> list[str]:
     """Fields in which `before` (a configuration as JSON) differs from `config`, with both values.
 
     Left out are those that change no weight (device, workers, intervals), which a resumed run may set. What
     `before` lacks, since an earlier version of this program wrote it, had the value that is the default now.
     """
-    with contextlib.suppress(ValidationError):
-        before = type(config).model_validate(before).model_dump(mode="json")
+    if isinstance(config, BaseModel):
+        with contextlib.suppress(ValidationError):
+            before = type(config).model_validate(before).model_dump(mode="json")
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"

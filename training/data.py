@@ -46,6 +46,8 @@ class RunData:
     """Under which name measurements on them are logged: what they are, held out or not."""
     modalities: dict[str, str]
     """`dataset/key` of the validation images -> modality."""
+    trained_modalities: frozenset[str]
+    """Those of the images that are trained on."""
     fingerprints: dict[str, str]
     """What a resumed run must find unchanged."""
     lock: str
@@ -106,6 +108,7 @@ def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | N
         validation=measured.batches,
         validation_name="validation" if measured.held_out else "training_images",
         modalities=measured.modalities,
+        trained_modalities=candidates.modalities("train"),
         fingerprints=fingerprints,
         lock=lock_text(lock),
     )
@@ -299,6 +302,10 @@ class Candidates:
 
     def table(self) -> pa.Table:
         return pa.concat_tables(self._tables)
+
+    def modalities(self, split: str) -> frozenset[str]:
+        """Those of the images of a split."""
+        return frozenset(name for _, of, name in self._taken if of == split and name is not None)
 
 
 def choose_images(table: pa.Table, count: int) -> tuple[pa.Table, bool]:

@@ -459,6 +459,22 @@ class Run:
         self._sums, self._passes = {}, []
         return means | {"grad_norm": norm}
 
+    def forget_step(self) -> None:
+        """Drop what a step left that did not come to its end."""
+        self._sums, self._passes, self._updates = {}, [], []
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: networks, and two moments of every number that is learnt."""
+        size = 0
+        for name, model in self._models.items():
+            size += sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+            if name in self._optimizers:
+                learnt = (p for group in self._optimizers[name].param_groups for p in group["params"])
+                size += sum(2 * p.numel() * p.element_size() for p in learnt)
+        return size
+
     def finish_step(
         self, step: int, scalars: Mapping[str, float | Tensor], work: StepWork | None = None
     ) -> None:
@@ -571,7 +587,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._restore_signals()
+        self.restore_signals()
         if self._writer is not None:
             self._writer.close()
         if isinstance(error, TrainingInterrupted):
@@ -586,9 +602,10 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop_signal = signal.Signals(number)
-        self._restore_signals()  # a second signal ends the process at once
+        self.restore_signals()  # a second signal ends the process at once
 
-    def _restore_signals(self) -> None:
+    def restore_signals(self) -> None:
+        """Give signals the meaning that they had outside: this run is not one to be stopped after a step."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

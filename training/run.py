@@ -4,7 +4,7 @@ A run folder holds
 
     run.json                      configuration and fingerprints, written before the first step
     corpus.lock                   the corpus: `pumit-data lock --check` compares
-    tensorboard/                  curves
+    tensorboard/                  curves; with `wandb_project`, wandb/ and wandb.json beside it
     pictures/step-00000200.png    what the network sees and makes of it
     pictures/codebook-00000200.png    of a tokenizer, how often it means each code
     checkpoints/step-00000200/    complete or absent; the name counts the steps done
@@ -59,6 +59,8 @@ from training.world import World
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from training.wandb_log import WandbLog
 
 AVERAGED_STEPS = 10
 """Steps over which the first and the last loss of a run are averaged."""
@@ -193,6 +195,7 @@ class Run:
         self.take_meter: Callable[[], Meter] | None = None
         """What loading took since it was asked last; logged with the rest."""
         self._writer: SummaryWriter | None = None
+        self._wandb: WandbLog | None = None
         seen = world.gather(self.fingerprints)
         if any(other != self.fingerprints for other in seen):
             self._give_up(SetupError(f"the processes of this training do not see the same data: {seen}"))
@@ -280,7 +283,7 @@ class Run:
                 torch.manual_seed(self.config.seed + self.world.rank)
         else:
             self._load(self._checkpoint)
-        self._open_log()
+        self.world.first(self._open_log)
 
     def _load(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
@@ -550,11 +553,15 @@ class Run:
         return (step + 1) % every_steps == 0 or step + 1 == self.config.steps
 
     def log(self, step: int, scalars: Mapping[str, float | Tensor]) -> None:
-        """Write `scalars` to TensorBoard under the number of steps done."""
+        """Write `scalars` to the curves under the number of steps done."""
         if self._writer is not None:
-            for name, value in scalars.items():
-                number = value.item() if isinstance(value, Tensor) else value
+            numbers = {
+                name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()
+            }
+            for name, number in numbers.items():
                 self._writer.add_scalar(name, number, step + 1)
+            if self._wandb is not None:
+                self._wandb.log(step + 1, numbers)
 
     def summary(self, measured: Mapping[str, float]) -> dict[str, Any]:
         """First and last loss (means over some steps), speed of all processes, what was `measured`."""
@@ -590,15 +597,21 @@ class Run:
         self.restore_signals()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close(done=error is None)
         if isinstance(error, TrainingInterrupted):
             self.console.print(str(error))
 
     def _open_log(self) -> None:
+        """Open the curves; only rank 0 does."""
         from torch.utils.tensorboard import SummaryWriter
 
-        if self.world.rank == 0:
-            # What an interrupted run logged after its last checkpoint is logged again.
-            self._writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.first_step + 1)
+        # What an interrupted run logged after its last checkpoint is logged again.
+        self._writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.first_step + 1)
+        if self.config.wandb_project is not None:
+            from training.wandb_log import WandbLog
+
+            self._wandb = WandbLog(self.config.wandb_project, self.folder, self.config)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop_signal = signal.Signals(number)

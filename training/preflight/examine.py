@@ -214,7 +214,7 @@ def _plans(data: RunData, processes: int) -> list[BatchPlan]:
 def _of_one_process(config: Config, processes: int) -> Config:
     """What one of several processes does, as a run of its own; not compiled."""
     data = config.data.model_copy(update={"batch_size": max(config.data.batch_size // processes, 1)})
-    return config.model_copy(update={"data": data, "compile": False})
+    return config.model_copy(update={"data": data, "compile": False, "wandb_project": None})
 
 
 def _in_passes(config: Config, accumulate: int) -> Config:

@@ -21,6 +21,7 @@ from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.training.conftest import IMAGES, write_corpus
 from tests.training.test_limits import BUSY
+from training import train_tokenizer
 from training.config import load_preset
 from training.data import open_data
 from training.models import build_tokenizer
@@ -105,8 +106,6 @@ def test_a_healthy_run_passes_and_is_forecast(toy_corpus, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_the_checkpoint_is_as_large_as_was_told(toy_corpus, tmp_path):
-    from training import train_tokenizer
-
     overrides = ["steps=2", "intervals.save_every_steps=2", "ema_decay=0.9", "loss.gan_weight=0.1"]
     overrides += ["discriminator.channels=[64,64,64]"]
     found = look(toy_corpus, tmp_path, *overrides)
@@ -125,6 +124,7 @@ def test_a_healthy_vit_passes(toy_corpus, tokenizer, tmp_path):
     assert found.levels
 
 
+@pytest.mark.slow
 def test_without_time_fewer_crops_are_measured_and_levels_estimated(toy_corpus, tmp_path):
     found = look(toy_corpus, tmp_path, "data.batch_size=200", "data.tokens_x=4", seconds=0.02)
     assert codes(found) >= {"smaller_batch_measured", "level_estimated"}
@@ -215,6 +215,7 @@ def test_a_tokenizer_of_another_corpus_is_refused_unless_it_is_meant(toy_corpus,
     assert "tokenizer_from_elsewhere" in codes(allowed)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_say_is_told_of(toy_corpus, tmp_path):
     found = look_at_vit(toy_corpus, tmp_path, f"tokenizer={export(tmp_path / 'unknown', None)}")
     assert not found.refused()
@@ -230,13 +231,19 @@ def test_a_collapsed_codebook_is_refused(toy_corpus, lock, tmp_path):
     refused_for(look_at_vit(toy_corpus, tmp_path, f"tokenizer={place}"), "codebook_collapsed", "1 of 16 codes")
 
 
-def test_a_full_disk_is_refused_and_a_nearly_full_one_told(toy_corpus, tmp_path):
-    often = ["steps=1000000000000", "intervals.save_every_steps=1"]
-    found = look(toy_corpus, tmp_path, *often, "keep_checkpoints=1000000000")
+OFTEN = ["steps=1000000000000", "intervals.save_every_steps=1"]
+
+
+def test_a_full_disk_is_refused(toy_corpus, tmp_path):
+    found = look(toy_corpus, tmp_path, *OFTEN, "keep_checkpoints=1000000000")
     refused_for(found, "disk_too_small", "1000000000 checkpoints")
+
+
+@pytest.mark.slow
+def test_a_disk_that_will_be_nearly_full_is_told(toy_corpus, tmp_path):
     size = look(toy_corpus, tmp_path).forecast.checkpoint_bytes
     most = int(0.9 * shutil.disk_usage(tmp_path).free / size)
-    tight = look(toy_corpus, tmp_path, *often, f"keep_checkpoints={most}")
+    tight = look(toy_corpus, tmp_path, *OFTEN, f"keep_checkpoints={most}")
     assert not tight.refused()
     assert "disk_nearly_full" in codes(tight)
 
@@ -272,6 +279,27 @@ def test_a_low_limit_of_open_files_is_told(few_files):
 def test_a_step_that_fits_into_no_memory_is_refused(toy_corpus, tmp_path):
     found = look(toy_corpus, tmp_path, "data.tokens_x=200000", "validation_tokens_x=2")
     refused_for(found, "out_of_memory", "3200000")
+
+
+@pytest.mark.slow
+def test_a_step_that_fits_in_more_passes_is_found(toy_corpus, tmp_path, monkeypatch):
+    real, tried = train_tokenizer.train_step, []
+
+    def short_of_memory(run, networks, config, step, batch):
+        crops, passes = len(batch.plan.samples), config.data.accumulate
+        tried.append((crops, passes))
+        if crops > 2 * passes:
+            raise torch.OutOfMemoryError("no room")
+        return real(run, networks, config, step, batch)
+
+    monkeypatch.setattr(train_tokenizer, "train_step", short_of_memory)
+    monkeypatch.setattr("training.preflight.examine._FOR_LOADER", 0.0005)
+    found = look(toy_corpus, tmp_path, "data.batch_size=7", seconds=200)
+    assert "memory_short" in codes(found)
+    assert not found.refused()
+    assert found.forecast.settings["data.accumulate"] == 4
+    assert found.forecast.limit == "memory"
+    assert {passes for crops, passes in tried if crops == 7} == {1, 2, 3, 4}
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_names_its_images(toy_corpus, tmp_path):

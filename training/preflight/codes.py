@@ -211,7 +211,7 @@ end well: the command then ends with exit code 2, else with 0. `--json` has ever
   to warm up, then steps of the share of the batch that one process has. If they take longer than `--seconds`
   allows, fewer crops are taken and their time multiplied; a level for which no time is left is estimated from
   its operations. Memory is the peak of the GPU's allocator, on a CPU that of the process. A discriminator takes
-  part as if its gate were open.
+  part as if its gate were open; with `parallel=fsdp` the process has the whole network, not a shard.
 - **The loader**, as `pumit-data bench-loader` does, with `data.workers` workers for each process.
 - **What fits.** If a step runs out of memory, the smallest `data.accumulate` with which it does not is
   searched; on a GPU, the memory of half as many crops tells how many a pass could have.

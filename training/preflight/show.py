@@ -67,9 +67,9 @@ def _levels(found: Examination) -> Table:
             f"{one.share:.1%}",
             _crops(one),
             str(one.accumulate),
-            f"{one.seconds:.3g}",
-            f"{one.of_crops / one.seconds:.1f}",
-            f"{rate / 1e12:.3g}",
+            _number(one.seconds),
+            _number(one.of_crops / one.seconds),
+            _number(rate / 1e12),
             "" if found.peak_flops is None else f"{rate / found.peak_flops:.1%}",
             "" if one.memory_bytes is None else f"{one.memory_bytes / 1e9:.1f} GB",
         )
@@ -86,16 +86,18 @@ def _forecast(found: Examination) -> Iterator[str]:
     plan, loader = found.forecast, found.loader
     if plan is None or loader is None:
         return
+    devices = f", {_time(plan.device_hours)} of all processes together" if found.processes > 1 else ""
     yield (
         f"Loader: {loader.stored_rate:.1f} crops/s from the {'store' if loader.remote else 'disk'}, "
         f"{loader.memory_rate:.1f} from memory, {loader.workers} workers, {loader.cores} cores."
     )
     yield (
-        f"Step: {plan.step_seconds:.3g} s ({plan.compute_seconds:.3g} s of computing, "
-        f"{plan.loader_seconds:.3g} s of loading), {plan.images_per_second:.1f} images/s. Limit: {plan.limit}."
+        f"Step: {_number(plan.step_seconds)} s ({_number(plan.compute_seconds)} s of computing, "
+        f"{_number(plan.loader_seconds)} s of loading), {_number(plan.images_per_second)} images/s. "
+        f"Limit: {plan.limit}."
     )
     yield (
-        f"Whole run: {_time(plan.hours)}, times processes {_time(plan.device_hours)}; "
+        f"Whole run: {_time(plan.hours)}{devices}; "
         f"{plan.disk_bytes / 1e9:.2f} GB of checkpoints ({plan.checkpoint_bytes / 1e9:.2f} GB each). "
         "Validation comes on top."
     )
@@ -104,6 +106,10 @@ def _forecast(found: Examination) -> Iterator[str]:
     if plan.settings:
         yield "Proposed: " + " ".join(f"--set {name}={value}" for name, value in plan.settings.items())
     yield from (f"  - {change}" for change in plan.changes)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _time(hours: float) -> str:

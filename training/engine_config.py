@@ -44,4 +44,4 @@ class EngineConfig(Protocol):
     def draws_noise(self) -> bool: ...
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """The configuration as plain data; `mode` is "json"."""
+        """The configuration as plain data; `mode` is "json" or, with paths as such, "python"."""

@@ -38,7 +38,7 @@ class WandbLog:
                 resume="allow",
                 name=folder.name,
                 dir=folder,
-                config=_without_folders(config.model_dump(mode="json")),
+                config=_without_folders(config.model_dump(mode="python")),
                 settings=wandb.Settings(
                     console="off", silent=True, save_code=False, disable_code=True, disable_git=True
                 ),

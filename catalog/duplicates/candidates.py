@@ -2,7 +2,9 @@
 
 Codes wait on disk, in parts by bucket, and each part is sorted in memory. In a bucket a code is compared with
 the next few only, in the order of the rest of their signs: one that is crowded, of images without much in them,
-costs time in proportion to its size and not to its square.
+costs time in proportion to its size and not to its square. Meetings wait on disk in the same way, in parts of
+successive images. A pair met by chance has one point in common, in several sizes: so points are counted, and
+only in mirror images that belong together.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Candidates:
     """Takes codes of images and gives back pairs. Memory does not grow with them, up to 2^32 images."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where files may lie meanwhile, some 1.5 kB an image; by default that of temporary files."""
+        """`folder`: where files may lie meanwhile, some 2 kB an image and 10 bytes a meeting; by default that
+        of temporary files."""
         self._folder = tempfile.TemporaryDirectory(prefix="pumit-data-codes-", dir=folder)
         self._held: list[npt.NDArray[np.void]] = []
 
@@ -74,11 +77,15 @@ class Candidates:
         self._spill()
         images = len(source)
         met: list[npt.NDArray[np.void]] = []
+        held = 0
         for number in range(_PARTS):
-            met += self._meetings(number, source, side)
-            if sum(map(len, met)) >= _HELD or number == _PARTS - 1:
-                self._spill_meetings(met, images)
-                met = []
+            for meetings in self._meetings(number, source, side):
+                met.append(meetings)
+                held += len(meetings)
+                if held >= _HELD:
+                    self._spill_meetings(met, images)
+                    met, held = [], 0
+        self._spill_meetings(met, images)
         for number in range(_PARTS):
             file = self._part("meetings", number)
             if file.exists():

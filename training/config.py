@@ -13,12 +13,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from catalog.errors import SetupError
+
+if TYPE_CHECKING:
+    from training.engine_config import EngineConfig
 
 Kind = Literal["tokenizer", "mim"]
 ObjectiveName = Literal["tokens", "pixels", "contrastive", "distillation"]
@@ -269,13 +272,13 @@ class PairsConfig(_Section):
 
     least_overlap: Share = 0.5
     """Share of the smaller field of view that both crops show, along each axis and before any rotation."""
-    hidden_dim: Positive = 2048
-    """Features between the layers of the heads."""
 
 
 class ContrastiveConfig(PairsConfig):
     """Which crop shows the same image: InfoNCE over the batch, as in MoCo v3 and SimCLR."""
 
+    hidden_dim: Positive = 4096
+    """Features between the layers of the heads."""
     dim: Positive = 256
     """Features that are compared."""
     temperature: PositiveReal = 0.2
@@ -287,6 +290,8 @@ class ContrastiveConfig(PairsConfig):
 class DistillationConfig(PairsConfig):
     """To say of a crop what a slower copy of the network says of another one, as in DINO."""
 
+    hidden_dim: Positive = 2048
+    """Features between the layers of the head."""
     dim: Positive = 256
     """Features that are compared with the prototypes."""
     prototypes: Positive = 8192
@@ -348,12 +353,12 @@ class MimRunConfig(RunConfig):
     def _can_be_done(self) -> MimRunConfig:
         if self.objective != "tokens" and self.tokenizer is not None:
             raise ValueError(f"objective {self.objective} needs no tokenizer: leave it out, or learn tokens")
-        if self.objective in ("contrastive", "distillation") and self.parallel == "fsdp":
+        if self.least_overlap is not None and self.parallel == "fsdp":
             raise ValueError(f"objective {self.objective} keeps a second network whole: use parallel ddp")
-        if self.objective == "contrastive" and self.data.accumulate > 1:
-            raise ValueError("objective contrastive compares a whole batch at once: set data.accumulate to 1")
-        if self.objective == "contrastive" and self.data.batch_size < 2:
-            raise ValueError("objective contrastive compares images: set data.batch_size to 2 or more")
+        if self.least_overlap is not None and self.data.accumulate > 1:
+            raise ValueError(f"objective {self.objective} looks at a batch at once: set data.accumulate to 1")
+        if self.least_overlap is not None and self.data.batch_size < 2:
+            raise ValueError(f"objective {self.objective} compares images: set data.batch_size to 2 or more")
         return self
 
     @model_validator(mode="after")
@@ -428,14 +433,15 @@ def preset_names(kind: str) -> list[str]:
     )
 
 
-def changed_fields(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+def changed_fields(before: Mapping[str, Any], config: EngineConfig) -> list[str]:
     """Fields in which `before` (a configuration as JSON) differs from `config`, with both values.
 
     Left out are those that change no weight (device, workers, intervals), which a resumed run may set. What
     `before` lacks, since an earlier version of this program wrote it, had the value that is the default now.
     """
-    with contextlib.suppress(ValidationError):
-        before = type(config).model_validate(before).model_dump(mode="json")
+    if isinstance(config, BaseModel):
+        with contextlib.suppress(ValidationError):
+            before = type(config).model_validate(before).model_dump(mode="json")
     old, new = _flat(before), _flat(config.model_dump(mode="json"))
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"

@@ -1,4 +1,4 @@
-"""The engine under both training loops: run folder, device, logging, checkpoints, interruption.
+"""The engine under all training loops: run folder, device, logging, checkpoints, interruption.
 
 A run folder holds
 
@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from catalog.durable import sync
 from catalog.errors import SetupError
 from catalog.lock import LOCK_FILE
-from training.config import RunConfig, changed_fields
+from training.config import changed_fields
+from training.engine_config import EngineConfig
 from training.meter import Meter
 from training.meter import scalars as meter_scalars
 from training.parallel import (
@@ -145,7 +146,7 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        config: RunConfig,
+        config: EngineConfig,
         *,
         fingerprints: Mapping[str, str],
         resume: bool,

@@ -19,6 +19,9 @@ from training.run import write_json
 TASKS = {
     "medmnist3d": "training.downstream.medmnist",
     "catalog": "training.downstream.catalog_labels",
+    "btcv": "training.downstream.segmentation",
+    "chaos": "training.downstream.segmentation",
+    "folder": "training.downstream.segmentation",
 }
 """Prefix of a task's name -> module that runs it."""
 

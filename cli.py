@@ -1329,6 +1329,58 @@ def evaluate_a_tokenizer(
             _print(f"Table and pictures: {output}")
 
 
+@train.command()
+def embed(
+    model: ModelArgument,
+    output: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Features go here; repeat the call to go on.")
+    ],
+    data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="CONDITION", help="Only images for which this holds.", show_default=False),
+    ] = None,
+    split: Annotated[
+        Literal["train", "validation"] | None, typer.Option(help="Only this split.", show_default=False)
+    ] = None,
+    level: Annotated[
+        Literal["class", "tokens"],
+        typer.Option(help="One vector an image (class token, mean of patch tokens); or one a patch token too."),
+    ] = "class",
+    number: Annotated[
+        Literal["float16", "float32"], typer.Option("--dtype", help="How they are stored.")
+    ] = "float16",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="How they are computed.")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Tiles at once.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the features of a corpus's images, as a trained ViT sees them, into Parquet (and Zarr)."""
+    from training.embed import EmbeddingConfig, plan_embedding, summary_lines
+    from training.run import choose_device
+
+    on = choose_device(device)
+    config = EmbeddingConfig(
+        mix=mix_name or "all", where=where, split=split, level=level, number=number, precision=precision
+    )
+    work = plan_embedding(data_dir, model, config)
+    if dry_run:
+        summary = work.identity
+    else:
+        with _count_bar() as show:
+            summary = work.write(output, on, batch_size=batch_size, workers=workers, progress=show)
+    if as_json:
+        _print_json(summary)
+    else:
+        for line in summary_lines(summary):
+            _print(line)
+    if summary.get("failed"):
+        sys.exit(SOME_FAILED)
+
+
 @train.command("export")
 def export_model(
     model: ModelArgument,

@@ -272,13 +272,13 @@ class PairsConfig(_Section):
 
     least_overlap: Share = 0.5
     """Share of the smaller field of view that both crops show, along each axis and before any rotation."""
-    hidden_dim: Positive = 2048
-    """Features between the layers of the heads."""
 
 
 class ContrastiveConfig(PairsConfig):
     """Which crop shows the same image: InfoNCE over the batch, as in MoCo v3 and SimCLR."""
 
+    hidden_dim: Positive = 4096
+    """Features between the layers of the heads."""
     dim: Positive = 256
     """Features that are compared."""
     temperature: PositiveReal = 0.2
@@ -290,6 +290,8 @@ class ContrastiveConfig(PairsConfig):
 class DistillationConfig(PairsConfig):
     """To say of a crop what a slower copy of the network says of another one, as in DINO."""
 
+    hidden_dim: Positive = 2048
+    """Features between the layers of the head."""
     dim: Positive = 256
     """Features that are compared with the prototypes."""
     prototypes: Positive = 8192
@@ -351,12 +353,12 @@ class MimRunConfig(RunConfig):
     def _can_be_done(self) -> MimRunConfig:
         if self.objective != "tokens" and self.tokenizer is not None:
             raise ValueError(f"objective {self.objective} needs no tokenizer: leave it out, or learn tokens")
-        if self.objective in ("contrastive", "distillation") and self.parallel == "fsdp":
+        if self.least_overlap is not None and self.parallel == "fsdp":
             raise ValueError(f"objective {self.objective} keeps a second network whole: use parallel ddp")
-        if self.objective == "contrastive" and self.data.accumulate > 1:
-            raise ValueError("objective contrastive compares a whole batch at once: set data.accumulate to 1")
-        if self.objective == "contrastive" and self.data.batch_size < 2:
-            raise ValueError("objective contrastive compares images: set data.batch_size to 2 or more")
+        if self.least_overlap is not None and self.data.accumulate > 1:
+            raise ValueError(f"objective {self.objective} looks at a batch at once: set data.accumulate to 1")
+        if self.least_overlap is not None and self.data.batch_size < 2:
+            raise ValueError(f"objective {self.objective} compares images: set data.batch_size to 2 or more")
         return self
 
     @model_validator(mode="after")

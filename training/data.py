@@ -47,6 +47,10 @@ class LabelledImages:
     """
 
 
+EVALUATED = CropGeometry(tokens_z=4, tokens_x=8)
+"""Crops to evaluate a finished tokenizer on, if nothing else is asked for."""
+
+
 @dataclass(frozen=True)
 class RunData:
     """The corpus as one run sees it."""
@@ -142,17 +146,17 @@ class Validation:
     """False where the corpus is too small to hold anyone out."""
 
 
-def open_validation(place: Location, images: int) -> Validation:
+def open_validation(place: Location, images: int, crop: CropGeometry = EVALUATED) -> Validation:
     """Read up to `images` held-out images, of every dataset and modality, to evaluate a finished model on.
 
-    Crops have the size that the paper trains its tokenizer on. Raises SetupError if nothing is ingested.
+    By default `crop` is what the paper trains its tokenizer on. Raises SetupError if nothing is ingested.
     """
     corpus = open_corpus(place)
     candidates = Candidates(images)
-    with contextlib.closing(_ingested(corpus, None)) as tables:
+    with contextlib.closing(ingested_tables(corpus, None)) as tables:
         for table in tables:
             candidates.seen(table)
-    return _read_validation(open_reader(corpus.shards), candidates, images, _EVALUATED, _EVALUATED_AT_ONCE)
+    return _read_validation(open_reader(corpus.shards), candidates, images, crop, _EVALUATED_AT_ONCE)
 
 
 def _read_validation(
@@ -203,7 +207,6 @@ def _labels(corpus: Corpus, chosen: pa.Table) -> dict[str, dict[str, str]]:
     return labels
 
 
-_EVALUATED = CropGeometry(tokens_z=4, tokens_x=8)
 _EVALUATED_AT_ONCE = 4
 
 
@@ -240,7 +243,7 @@ def training_tables(
     What `selection` leaves out is neither trained nor validated on; the weights of the others are multiplied by
     their factors.
     """
-    with contextlib.closing(_ingested(corpus, selection)) as tables:
+    with contextlib.closing(ingested_tables(corpus, selection)) as tables:
         for table in tables:
             yield _having(candidates.seen(table), "split", "train")
 
@@ -251,8 +254,12 @@ def _files(corpus: Corpus) -> list[tuple[str, int, int]]:
     return [(dataset, stat.st_ino, stat.st_mtime_ns) for dataset, stat in stats]
 
 
-def _ingested(corpus: Corpus, selection: Selection | None) -> Generator[pa.Table]:
-    """The ingested images in the order of dataset and key, some ten thousand at a time."""
+def ingested_tables(corpus: Corpus, selection: Selection | None) -> Generator[pa.Table]:
+    """The ingested images in the order of dataset and key, some ten thousand at a time.
+
+    They have IMAGE_COLUMNS and modality. With `selection`, it is those that this leaves, their weights
+    multiplied by its factors.
+    """
     columns, dictionaries = [*IMAGE_COLUMNS, "modality"], [*CODED_COLUMNS, "modality"]
     read = list(dict.fromkeys([*columns, *(selection.columns if selection is not None else ())]))
 

@@ -18,7 +18,7 @@ from catalog.spacing import MAX_DA_LEVEL, da_level, degree_of_anisotropy
 from training.backbone import Features, Spacing
 from training.mim import IMAGENET_MEAN, IMAGENET_STD
 from training.rope import Grid
-from training.vit import UniversalViT
+from training.vit import UniversalViT, token_voxels
 
 _STAGES = (1 / 3, 1 / 2, 2 / 3, 1)
 """Depths of the stages: blocks 4, 6, 8 and 12 of 12, which feed the paper's decoder."""
@@ -71,8 +71,7 @@ class ViTBackbone(nn.Module):
 
     def token_voxels(self, level: int) -> tuple[int, int, int]:
         """Voxels (D, H, W) of a token at a DA level."""
-        patch = self.vit.config.patch
-        return max(patch >> level, 1), patch, patch
+        return token_voxels(level, self.vit.config.patch)
 
     def forward_features(self, image_BCDHW: Tensor, spacing: Spacing) -> Features:
         """Features of crops (B, 1 or 3, D, H, W) in [0, 1], all of one `spacing` in mm.

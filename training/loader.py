@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,18 +88,17 @@ class RawBatch:
     def split(self, parts: int) -> list[RawBatch]:
         """The same in `parts` batches of about equal size, in their order: views of one buffer.
 
-        The crops of an image stay together. Raises SetupError if there are fewer images than parts.
+        Raises SetupError if there are fewer crops than parts.
         """
-        samples, views = self.plan.samples, self.plan.views
-        images = len(samples) // views
-        if parts > images:
+        samples = self.plan.samples
+        if parts > len(samples):
             raise SetupError(
-                f"a process's {images} images of a batch cannot be made in {parts} passes: lower "
+                f"a process's {len(samples)} crops of a batch cannot be made in {parts} passes: lower "
                 "data.accumulate, or raise data.batch_size"
             )
         places, size = _layout(self.plan)
         starts = [place.start for place in places] + [size]
-        ends = [part * images // parts * views for part in range(parts + 1)]
+        ends = [part * len(samples) // parts for part in range(parts + 1)]
         return [
             replace(
                 self,
@@ -263,6 +264,18 @@ class _Steps(IterableDataset[RawBatch | SetupError]):
             yield error
 
 
+def _end_with_parent() -> None:
+    """Wait until the process that this worker reads for has ended, also by SIGKILL, and end.
+
+    A worker of a forkserver would live on: PyTorch watches the process that forked it, which is the server, and
+    that waits for its workers.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def read_steps(
     reader: Reader,
     planner: Planner,
@@ -276,6 +289,8 @@ def read_steps(
     Raises SetupError, naming dataset, key and shard, if an image cannot be read.
     """
     worker = get_worker_info()
+    if worker:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     remote = reader if isinstance(reader, RemoteReader) else None
     stopwatch = Stopwatch(remote.traffic if remote else None)
     under_way: deque[_Reading] = deque()

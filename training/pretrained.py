@@ -25,7 +25,8 @@ from torch import Tensor
 
 from catalog.durable import sync
 from catalog.errors import SetupError
-from catalog.lock import LOCK_FILE, read_lock
+from catalog.lock import LOCK_FILE
+from training.card import model_card
 from training.config import MimRunConfig, TokenizerRunConfig, parse
 from training.extractor import ViTBackbone
 from training.fit import misfits
@@ -49,7 +50,6 @@ _WEIGHTS, _CONFIG, _CARD, _STATE = "model.safetensors", "config.json", "README.m
 _PLACES = ("tokenizer", "initial_weights", "lpips_weights_file")
 """Settings of a run that name places of the machine it ran on."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LOADERS: dict[Kind, str] = {"tokenizer": "load_tokenizer", "mim": "load_vit", "vit": "load_vit"}
 
 
 class Description(BaseModel):
@@ -134,6 +134,11 @@ def find_pretrained(place: str | Path) -> Path:
     )
 
 
+def weights_file(folder: Path) -> Path:
+    """The weights in a folder of `find_pretrained`."""
+    return folder / _WEIGHTS
+
+
 def export_pretrained(
     model: Model, folder: Path, trained: Mapping[str, Any] | None = None, lock: str | None = None
 ) -> None:
@@ -158,7 +163,8 @@ def export_pretrained(
     if lock is not None:
         (temporary / LOCK_FILE).write_text(lock, encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    (temporary / _CARD).write_text(model_card(described, parameters, lock), encoding="utf-8")
+    card = model_card(kind, described.config, described.trained, parameters, lock)
+    (temporary / _CARD).write_text(card, encoding="utf-8")
     for file in temporary.iterdir():
         sync(file)
     if folder.exists():
@@ -186,71 +192,6 @@ def lock_of(place: Path) -> str | None:
     """The lock of the corpus that the model at `place` (as of `training_of`) was trained on, if it is known."""
     file = place / LOCK_FILE
     return file.read_text(encoding="utf-8") if file.is_file() else None
-
-
-def model_card(described: Description, parameters: int, lock: str | None = None) -> str:
-    """README.md of an export, with the head that hubs read."""
-    trained = described.trained
-    lines = [
-        "---",
-        "library_name: pumit-data",
-        "tags: [medical-imaging, 3d, self-supervised]",
-        "---",
-        "",
-        f"# PUMIT {'tokenizer' if described.model == 'tokenizer' else 'ViT'}",
-        "",
-        f"{parameters / 1e6:.1f} million parameters. Takes 2-D images and volumes of any slice distance: crops "
-        "(B, 3, D, H, W) of one level of anisotropy a time.",
-        "",
-        "```python",
-        f"from training import {_LOADERS[described.model]}",
-        "",
-        f'model = {_LOADERS[described.model]}("FOLDER")',
-        "```",
-        "",
-        "## Model",
-        "",
-        *_listed(described.config),
-        "",
-        "## Training",
-        "",
-    ]
-    if trained is None:
-        lines += ["Not known: the weights were imported from a file.", ""]
-        return "\n".join(lines)
-    for title, name in (("Measured", "measured"), ("Data, as fingerprints", "fingerprints"), ("Run", "config")):
-        if trained.get(name):
-            lines += [f"### {title}", "", *_listed(trained[name]), ""]
-    if "source" in trained:
-        lines += [f"Imported from `{trained['source']}`.", ""]
-    lines += ["## Data sets and their licences", "", *_datasets(lock), ""]
-    lines += ["Not all of these terms allow every use of the weights. Not a medical device.", ""]
-    return "\n".join(lines)
-
-
-def _datasets(lock: str | None) -> list[str]:
-    """A line for each data set that a lock names."""
-    if lock is None:
-        return ["Not recorded; `pumit-data show ID` tells the licence of a data set."]
-    locked = read_lock(lock, LOCK_FILE)
-    left_out = locked["mix"].get("leave_out", ())
-    return [
-        f"- {name}: {fields['images'].get('ingested', 0):,} images, "
-        f"{fields.get('licence') or 'licence unknown'}"
-        for name, fields in locked["datasets"].items()
-        if name not in left_out
-    ]
-
-
-def _listed(content: Mapping[str, Any], indent: str = "") -> list[str]:
-    lines = []
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}- {name}", *_listed(value, f"{indent}  ")]
-        else:
-            shown = f"{value:.5g}" if isinstance(value, float) else json.dumps(value)
-            lines.append(f"{indent}- {name}: {shown}")
-    return lines
 
 
 def _plain(trained: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -78,13 +78,17 @@ class ViTConfig(BaseModel):
         return cls(**{"dim": 1024, "depth": 24, "heads": 16, **changes})
 
 
+def token_voxels(level: int, patch: int) -> tuple[int, int, int]:
+    """Voxels (D, H, W) of a token: `patch` rows and columns, and `patch >> level` slices but at least one."""
+    return max(patch >> level, 1), patch, patch
+
+
 def token_grid(size: tuple[int, int, int], level: int, patch: int) -> Grid:
     """Tokens (d, h, w) of a crop of `size` voxels (D, H, W) at level of anisotropy `level`.
 
-    A token holds `patch` rows and columns, and `patch >> level` slices but at least one. Raises SetupError
-    where they do not divide the crop.
+    Raises SetupError where they do not divide the crop.
     """
-    slices = max(patch >> level, 1)
+    slices, _, _ = token_voxels(level, patch)
     depth, height, width = size
     if depth % slices or height % patch or width % patch or min(size) < 1:
         raise SetupError(

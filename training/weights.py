@@ -69,8 +69,10 @@ _BLOCK_NAMES = {
 _TASK_NAMES = re.compile(r"mask_token|head\.[02]\.(weight|bias)")
 """Parameters of `MaskedImageModel` beside its ViT."""
 
-_NEEDLESS = re.compile(r"(.*\.)?rope\.freqs_(cos|sin)|(lm_head|head)\.(weight|bias)")
-"""Keys without a counterpart here: tables that are computed, heads that predict other classes or codes."""
+_NEEDLESS = re.compile(
+    r"(.*\.)?rope\.freqs_(cos|sin)|(lm_head|head)\.(weight|bias)|(projector|predictor|prototypes)\..*|centre"
+)
+"""Keys without a counterpart here: tables that are computed, heads of other classes, codes or objectives."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.learning.plain import PlainTokenizer
+from catalog.sampling import CropGeometry
 from training.config import TokenizerModelConfig, load_preset
 from training.data import open_validation
 from training.evaluate import evaluate_tokenizer
@@ -27,6 +28,8 @@ VOLUMES = "volumes"
 """The mix of all 3-D images."""
 HELD_OUT = 24
 """Images to measure on."""
+CROP = CropGeometry(tokens_z=2, tokens_x=4)
+"""Small, to take many steps; trained and measured on."""
 PROBED_STEPS = 40
 """Steps that tell what one costs."""
 
@@ -78,7 +81,7 @@ def _run(name: str, arm: Arm, corpus: Path, runs: Path, steps: int, seed: int) -
     trained = load_tokenizer(folder)
     network = type(arm.build(load_preset("tokenizer", "small").model))(trained.config)
     network.load_state_dict(trained.state_dict())
-    held_out = open_validation(corpus, HELD_OUT)
+    held_out = open_validation(corpus, HELD_OUT, CROP)
     # A plain network has no way with a single slice.
     batches = [batch for batch in held_out.batches if VOLUMES not in name or batch.level < 5]
     evaluation = evaluate_tokenizer(network, batches, held_out.modalities, torch.device("cpu"))
@@ -97,6 +100,9 @@ def _train(arm: Arm, corpus: Path, folder: Path, steps: int, seed: int) -> float
     """CPU seconds that it took."""
     settings = [
         *arm.settings,
+        f"data.tokens_z={CROP.tokens_z}",
+        f"data.tokens_x={CROP.tokens_x}",
+        "data.batch_size=8",
         f"seed={seed}",
         f"steps={steps}",
         f"optim.warmup_steps={min(100, steps // 4)}",

@@ -27,6 +27,9 @@ IMAGES = [
 ]
 
 
+BODY_PARTS = {"MRI": "head", "fundus": "eye"}
+
+
 def blobs(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Two bright ellipsoids on a ramp, uint8: smooth enough for a small network to learn in a few steps."""
     draw = np.random.default_rng(seed)
@@ -59,6 +62,7 @@ def write_corpus(root: Path, images: list[tuple[Any, ...]] = IMAGES) -> Path:
                 "subject": key,
                 "status": "ingested",
                 "modality": modality,
+                "body_part": [BODY_PARTS.get(modality, "chest")],
                 **{f"shape_{axis}": size for axis, size in zip("cdhw", shape, strict=True)},
                 **spacing,
                 "dimension": 3 if z else 2,

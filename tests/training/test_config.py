@@ -57,6 +57,36 @@ def test_options_beyond_the_paper_are_off_in_its_preset(kind):
     if kind == "mim":
         assert (config.optim.layer_lr_decay, config.optim.patch_gradient_scale) == (1, 1)
         assert config.parallel == "ddp"
+        assert (config.objective, config.intervals.probe_every_steps) == ("tokens", None)
+
+
+@pytest.mark.parametrize("objective", ["pixels", "contrastive", "distillation"])
+def test_tiny_presets_of_objectives_differ_from_the_tiny_one_where_they_must(objective):
+    before = load_preset("mim", "tiny").model_dump(mode="json")
+    changed = {
+        line.split(" was ")[0] for line in changed_fields(before, load_preset("mim", f"{objective}-tiny"))
+    }
+    own = {name for name in changed if name.startswith(f"{objective}.")}
+    assert "objective" in changed
+    assert changed - own <= {"objective", "data.batch_size", "optim.peak_lr"}
+
+
+def test_a_section_that_a_preset_leaves_out_can_be_set():
+    config = load_preset("mim", "paper", ["objective=contrastive", "contrastive.momentum=null"])
+    assert config.contrastive.momentum is None
+    assert config.contrastive.dim == configs.ContrastiveConfig().dim
+    with pytest.raises(SetupError, match="'temperature'"):
+        load_preset("mim", "paper", ["contrastive.temprature=1"])
+
+
+def test_a_run_of_an_earlier_version_had_what_is_the_default_now():
+    before = load_preset("mim", "tiny").model_dump(mode="json")
+    for later in ("objective", "contrastive", "distillation", "probe_images"):
+        del before[later]
+    assert changed_fields(before, load_preset("mim", "tiny")) == []
+    assert changed_fields(before, load_preset("mim", "tiny", ["objective=pixels"])) == [
+        "objective was 'tokens', is 'pixels'"
+    ]
 
 
 def test_shards_do_not_go_with_compile_and_fp16():

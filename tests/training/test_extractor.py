@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -100,6 +100,7 @@ def test_blocks_that_there_are_not_are_refused(blocks: tuple[int, ...]) -> None:
         ViTBackbone(UniversalViT(CONFIG), blocks)
 
 
+@settings(max_examples=25)
 @given(st.integers(2, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 5))
 def test_a_crop_of_any_size_is_padded_with_nothing_behind_it(d: int, h: int, w: int, level: int) -> None:
     model, spacing = backbone(depth=1, dim=8), (2.0**level, 1.0, 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from training.plan import (
     BatchPlanner,
     SamplePlan,
     ValidationPlanner,
+    overlap,
     visible_indices,
 )
 from training.rng import Stream, uniforms
@@ -487,3 +489,55 @@ def test_validation_depth_is_cropped_and_padded_as_in_the_reference(shared: Path
         )
         compared += 1
     assert compared == 5
+
+
+def test_the_first_of_two_views_is_the_crop_that_a_single_one_would_be() -> None:
+    alone, pairs = planner(), planner(least_overlap=0.5)
+    same = 0
+    for step in range(10):
+        plan = pairs.plan(step)
+        assert (plan.views, plan.global_size, len(plan.samples)) == (2, 12, 24)
+        assert plan.samples[::2] == alone.plan(step).samples
+        for one, other in zip(plan.samples[::2], plan.samples[1::2], strict=True):
+            assert (one.index, one.image) == (other.index, other.image)
+            same += (one.centre, one.flips, one.matrix) == (other.centre, other.flips, other.matrix)
+    assert same < 12, "of 120: small images leave little to choose"
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_ranks_share_pairs_of_views(world: int) -> None:
+    ours = planner(batch_size=7, least_overlap=0.3)
+    for step in range(5):
+        slices = [ours.plan(step, rank, world) for rank in range(world)]
+        assert tuple(sample for part in slices for sample in part.samples) == ours.plan(step).samples
+        assert [len(part.samples) % 2 for part in slices] == [0] * world
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+def test_two_views_have_at_least_the_wanted_share_of_each_axis_in_common(share: float) -> None:
+    ours = planner(least_overlap=share)
+    found = []
+    for step in range(60):
+        plan = ours.plan(step)
+        for one, other in zip(plan.samples[::2], plan.samples[1::2], strict=True):
+            fields = np.array([one.scale, other.scale]) * plan.crop_size
+            smaller = fields.min(axis=0)
+            lowest = float(np.prod(np.clip(share * smaller - 1, 0, None) / smaller))  # whole voxels: one less
+            found.append(overlap(one, other, plan.crop_size))
+            assert lowest - 1e-9 <= found[-1] <= 1 + 1e-9
+            centre = np.array(other.centre) + np.array(other.box)[:, 0]
+            shape, half = np.array(other.image.shape[1:]), np.array(other.scale) * plan.crop_size / 2
+            fits = shape >= 2 * half
+            assert (centre - half + 0.5 >= -1e-6)[fits].all(), "views lie inside the image where they fit"
+            assert (centre + half - 0.5 <= shape - 1 + 1e-6)[fits].all()
+    if share < 1:
+        assert min(found) < 0.95, "views differ"
+
+
+def test_crops_that_are_the_same_overlap_wholly_and_distant_ones_not_at_all() -> None:
+    crop = planner(augmentation=PLAIN, rows=[image("iso", (500, 500, 500))]).plan(0).samples[0]
+    assert overlap(crop, crop, (64, 128, 128)) == 1
+    half = replace(crop, centre=(crop.centre[0], crop.centre[1], crop.centre[2] + 64))
+    assert overlap(crop, half, (64, 128, 128)) == pytest.approx(0.5)
+    apart = replace(crop, centre=(crop.centre[0] + 64, *crop.centre[1:]))
+    assert overlap(crop, apart, (64, 128, 128)) == 0

@@ -109,7 +109,7 @@ def test_the_card_tells_what_is_known_and_no_folder_of_the_machine(tmp_path):
     export_pretrained(tokenizer(), tmp_path / "model", trained)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "21.123" in card
-    assert 'load_tokenizer("FOLDER")' in card
+    assert 'training.load_tokenizer("FOLDER")' in card
     assert "steps: 7" in card
     for file in (tmp_path / "model").iterdir():
         assert b"/home" not in file.read_bytes()

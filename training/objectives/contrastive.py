@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -33,15 +34,16 @@ from training.config import MimRunConfig
 from training.data import RunData
 from training.loader import RawBatch
 from training.models import vit_config
+from training.objectives.batchnorm import BatchNorm
 from training.objectives.objective import Recipe
 from training.objectives.pairs import (
     Compared,
     ProjectedViT,
     mean_overlap,
     momentum_of,
-    perceptron,
     validate_pairs,
 )
+from training.onednn import Linear
 from training.optim import follow
 from training.run import Run
 from training.vit import ViTConfig
@@ -58,19 +60,34 @@ def recipe(config: MimRunConfig) -> Recipe[ContrastiveModel]:
 
 
 class ContrastiveModel(ProjectedViT):
-    """A ViT whose class token is projected and, beside a momentum encoder, made a prediction of its output."""
+    """A ViT whose class token is projected and, beside a momentum encoder, made a prediction of its output.
+
+    Both heads are those of MoCo v3. Their batch norms, the last of which keep embeddings from becoming all
+    alike, are over the crops of all processes.
+    """
 
     def __init__(self, vit: ViTConfig, hidden_dim: int, dim: int, predicts: bool) -> None:
-        super().__init__(vit, hidden_dim, dim)
-        self.predictor = perceptron(dim, hidden_dim, dim) if predicts else nn.Identity()
+        super().__init__(vit)
+        self.projector = head(vit.dim, hidden_dim, hidden_dim, dim)
+        self.predictor = head(dim, hidden_dim, dim) if predicts else nn.Identity()
 
     def forward(self, x_BCDHW: Tensor, level: int) -> Tensor:
         """Queries (B, P), of any length."""
         return self.predictor(self.embed(x_BCDHW, level))  # type: ignore[no-any-return]
 
 
+def head(*dims: int) -> nn.Sequential:
+    """Linear layers between features of these sizes, each with a batch norm, and ReLUs between them."""
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(dims), start=2):
+        last = number == len(dims)
+        layers += [Linear(inputs, outputs, bias=False), BatchNorm(outputs, affine=not last)]
+        layers += [] if last else [nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 class InfoNCE(NamedTuple):
-    """Means over the queries at hand; float32 scalars."""
+    """Means over the queries at hand; scalars of float32 at least."""
 
     loss: Tensor
     """Cross entropy of finding the other crop in nats: log N by chance."""
@@ -83,7 +100,8 @@ def info_nce(
 ) -> InfoNCE:
     """Find key `rows_B[i]` by query i among all keys but those of the same image (equal numbers `images_N`)."""
     with torch.autocast(queries_BP.device.type, enabled=False):
-        queries_BP, keys_NP = (F.normalize(x.float(), dim=-1) for x in (queries_BP, keys_NP))
+        precise = torch.promote_types(queries_BP.dtype, torch.float32)
+        queries_BP, keys_NP = (F.normalize(x.to(precise), dim=-1) for x in (queries_BP, keys_NP))
         logits_BN = queries_BP @ keys_NP.t() / temperature
         same_BN = images_N[rows_B][:, None] == images_N
         same_BN = same_BN.scatter(1, rows_B[:, None], False)

@@ -4,7 +4,9 @@ Student and teacher assign a crop to prototypes: their class token, projected an
 compared with prototypes of length 1 (DINO's last layer, its weight norm fixed). The teacher follows the
 student's weights. What keeps it from saying the same of every crop is DINO's: its scores are centred by their
 moving mean, which rules out that one prototype always wins, and sharpened by a small temperature, which rules
-out that all are alike.
+out that all are alike. The projector has DINO's optional batch norms (its authors use them with convolutions):
+a network that has learnt nothing says nearly the same of all medical images, and without them one prototype
+wins everything before the centre is found.
 
 Views. Two global ones are drawn as for `contrastive`, by the paper's augmentation. Local ones, which the
 student alone sees, are cut out of these on the device: half of the tokens along each axis, at least one, at any
@@ -32,12 +34,14 @@ from training.config import DistillationConfig, MimRunConfig
 from training.data import RunData
 from training.loader import RawBatch
 from training.models import vit_config
+from training.objectives.batchnorm import BatchNorm
 from training.objectives.objective import Recipe
 from training.objectives.pairs import Compared, ProjectedViT, mean_overlap, momentum_of, validate_pairs
+from training.onednn import Linear
 from training.optim import follow
 from training.rng import Stream, uniforms
 from training.run import Run
-from training.vit import INIT_STD, ViTConfig, token_grid
+from training.vit import INIT_STD, ViTConfig, initialise_linear, token_grid
 
 
 def recipe(config: MimRunConfig) -> Recipe[DistilledModel]:
@@ -63,7 +67,13 @@ class DistilledModel(ProjectedViT):
     """A ViT whose class token is assigned to prototypes."""
 
     def __init__(self, vit: ViTConfig, hidden_dim: int, dim: int, prototypes: int) -> None:
-        super().__init__(vit, hidden_dim, dim)
+        super().__init__(vit)
+        self.projector = nn.Sequential(
+            *(Linear(vit.dim, hidden_dim, bias=False), BatchNorm(hidden_dim), nn.GELU()),
+            *(Linear(hidden_dim, hidden_dim, bias=False), BatchNorm(hidden_dim), nn.GELU()),
+            Linear(hidden_dim, dim),
+        )
+        initialise_linear(self.projector)
         self.prototypes = Prototypes(dim, prototypes)
 
     def score(self, x_BCDHW: Tensor, level: int) -> Tensor:
@@ -71,7 +81,7 @@ class DistilledModel(ProjectedViT):
         return self.prototypes(self.embed(x_BCDHW, level))  # type: ignore[no-any-return]
 
     def forward(self, whole_BCDHW: Tensor, local_BCDHW: Tensor | None, level: int) -> Tensor:
-        """The same of global and local crops, one after the other."""
+        """The same of global and local crops, one after the other; batch norms see either by itself."""
         scores = [self.score(x, level) for x in (whole_BCDHW, local_BCDHW) if x is not None]
         return torch.cat(scores)
 
@@ -152,7 +162,7 @@ class Distillation:
         count = config.distillation.prototypes
         self._centre = torch.zeros(count, device=run.device)
         self._teacher.register_buffer("centre", self._centre)
-        self._told_K = torch.zeros(count, device=run.device)
+        self._mean_K = self._centre
         self._score = run.compiled(self._teacher.score)
         self.companions: Mapping[str, nn.Module] = {"teacher": self._teacher}
         self.encoder = self._teacher
@@ -177,17 +187,18 @@ class Distillation:
             student_temperature=chosen.student_temperature,
             teacher_temperature=teacher_temperature(part.step, self._config.steps, chosen),
         )
-        self._told_K += teacher_B2K.sum(dim=(0, 1))
+        self._mean_K = teacher_B2K.sum(dim=(0, 1)) / (2 * part.plan.global_size)
         return {**losses._asdict(), "overlap": mean_overlap(part, run.device)}
 
     def finish_step(self, step: int) -> Mapping[str, float]:
         """The centre and the teacher follow."""
         chosen = self._config.distillation
-        mean_K = self._run.world.sum(self._told_K) / (2 * self._config.data.batch_size)
+        mean_K = self._run.world.sum(self._mean_K)
+        # DINO's begins at 0, and one prototype wins everything until it is near the mean: here it starts there.
+        kept = chosen.centre_momentum if step else 0.0
+        moved_K = self._centre.lerp(mean_K, 1 - kept)
         # A batch without a finite score must not spoil the centre for good.
-        moved_K = self._centre.lerp(mean_K, 1 - chosen.centre_momentum)
         self._centre.copy_(torch.where(moved_K.isfinite(), moved_K, self._centre))
-        self._told_K = torch.zeros_like(self._told_K)
         momentum = momentum_of(step, self._config.steps, chosen.momentum)
         follow(self._teacher, self._student, momentum)
         temperature = teacher_temperature(step, self._config.steps, chosen)

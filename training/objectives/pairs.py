@@ -1,15 +1,12 @@
 """What objectives share that compare two crops of an image: network, momentum, held-out pairs.
 
-A crop's embedding is that of its class token. Heads have layer norms where the originals have batch norms:
-batches here are small and of one level of anisotropy, and with statistics of a process's share of a batch, the
-loss of several processes would not be that of one.
+A crop's embedding is that of its class token.
 
 Shape suffixes: B crops, C features of a token, N images of the whole batch, P features that are compared.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,39 +19,23 @@ from training.augment import render
 from training.data import RunData
 from training.loader import RawBatch
 from training.mim import NormalisedViT
-from training.onednn import Linear
 from training.pictures import Row, caption, contact_sheet, middle_slice
 from training.plan import overlap
 from training.run import Run
 from training.validation import evaluating
-from training.vit import ViTConfig, initialise_linear
 
 _WINDOW = 0.75
 """Share of the rows and columns of tokens that each of two crops of a held-out image has."""
 
 
 class ProjectedViT(NormalisedViT):
-    """A universal ViT and a projector of its class token."""
+    """A universal ViT and a projector of its class token, which those that inherit build."""
 
-    def __init__(self, vit: ViTConfig, hidden_dim: int, dim: int) -> None:
-        super().__init__(vit)
-        self.projector = perceptron(vit.dim, hidden_dim, hidden_dim, dim)
+    projector: nn.Module
 
     def embed(self, x_BCDHW: Tensor, level: int) -> Tensor:
         """Embeddings (B, P) of crops (B, 3, D, H, W) in [0, 1], of any length."""
         return self.projector(self.features(x_BCDHW, level)[:, 0])  # type: ignore[no-any-return]
-
-
-def perceptron(*dims: int) -> nn.Sequential:
-    """Linear layers between features of these sizes; a layer norm and a GELU behind all but the last."""
-    layers: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(itertools.pairwise(dims), start=2):
-        layers.append(Linear(inputs, outputs))
-        if number < len(dims):
-            layers += [nn.LayerNorm(outputs), nn.GELU()]
-    network = nn.Sequential(*layers)
-    initialise_linear(network)
-    return network
 
 
 def momentum_of(step: int, steps: int, first: float) -> float:

@@ -72,7 +72,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-_FREE = ("data", "device", "at_once")
+_FREE = ("data", "device", "at_once", "workers", "intervals", "keep_checkpoints")
 """Settings that change no figure, but by rounding."""
 
 

@@ -39,6 +39,7 @@ def draw_curves(rows: Sequence[Row], file: Path) -> None:
         for mode, axes in zip(modes, panel_row, strict=True):
             for number, name in enumerate(names):
                 here = [row for row in rows if (row.task, row.mode, row.name) == (task, mode, name)]
+                here = [row for row in here if row.values(metric)]
                 if not here:
                     continue
                 spreads = [mean_and_deviation(list(row.values(metric).values())) for row in here]

@@ -164,7 +164,7 @@ def _paper_tables(rows: Sequence[Row]) -> list[Table]:
             ours = {row.task.partition(":")[2]: row for row in here if (row.name, row.mode) == (name, mode)}
             means = [
                 [mean_and_deviation(list(ours[each].values(metric).values()))[0] for metric in metrics]
-                if each in ours
+                if each in ours and all(ours[each].values(metric) for metric in metrics)
                 else None
                 for each in names
             ]
@@ -219,8 +219,11 @@ def _best(rows: Sequence[Row], metric: Metric) -> Row | None:
     """The row with the best mean; None where there is nothing to choose from."""
     if len(rows) < 2:
         return None
+    measured = [row for row in rows if row.values(metric)]
     sign = 1 if metric.higher_is_better else -1
-    return max(rows, key=lambda row: sign * mean_and_deviation(list(row.values(metric).values()))[0])
+    return max(
+        measured, key=lambda row: sign * mean_and_deviation(list(row.values(metric).values()))[0], default=None
+    )
 
 
 def _any(row: Row) -> Result:
@@ -228,7 +231,10 @@ def _any(row: Row) -> Result:
 
 
 def _spread(values: Iterable[float], bold: bool = False) -> str:
-    mean, deviation = mean_and_deviation(list(values))
+    known = list(values)
+    if not known:
+        return "–"
+    mean, deviation = mean_and_deviation(known)
     text = f"{mean:.2f}" if math.isnan(deviation) else f"{mean:.2f} ± {deviation:.2f}"
     return f"**{text}**" if bold else text
 
@@ -297,7 +303,9 @@ def html(title: str, tables: Sequence[Table], origins: Sequence[str], curves: bo
 def _summary_of(row: Row) -> dict[str, Any]:
     metrics = {}
     for metric in task_of(row.task).METRICS:
-        mean, deviation = mean_and_deviation(list(row.values(metric).values()))
+        if not (values := list(row.values(metric).values())):
+            continue
+        mean, deviation = mean_and_deviation(values)
         metrics[metric.name] = {"mean": mean, "deviation": None if math.isnan(deviation) else deviation}
     return {
         "task": row.task,

@@ -20,7 +20,12 @@ class Row(NamedTuple):
     """By seed."""
 
     def values(self, metric: Metric) -> dict[int, float]:
-        return {seed: metric.scale * result.metrics[metric.name] for seed, result in self.results.items()}
+        """The metric as tables show it, by seed; without the runs that could not measure it."""
+        return {
+            seed: metric.scale * result.metrics[metric.name]
+            for seed, result in self.results.items()
+            if metric.name in result.metrics
+        }
 
 
 def rows_of(results: Iterable[tuple[GridCell, Result]]) -> list[Row]:

@@ -4,7 +4,7 @@ The tasks btcv, chaos and folder:NAME (`training.downstream.task`). Besides resu
 
     training/                          the run: checkpoints, curves, pictures (`training.run`)
     training/best.safetensors          with weights: best, those of the best validation so far
-    scores.csv                         each class of each validation case
+    scores.csv, table.md               each class of each validation case; means, and the paper's figures
     predictions/validation/, test/     labels in the format of the task
 """
 
@@ -41,6 +41,7 @@ from training.downstream.overlays import overlay_row
 from training.downstream.predict import predict
 from training.downstream.prepared import Preparation, Prepared, prepare
 from training.downstream.segmentation_config import EngineSettings, SegmentationConfig
+from training.downstream.segmentation_table import page
 from training.downstream.task import Cell, Metric, Result, prefix_of
 from training.optim import adamw, learning_rate, set_learning_rate
 from training.pictures import Row, contact_sheet
@@ -103,6 +104,8 @@ def train(cell: Cell, config: SegmentationConfig, backbone: Backbone, folder: Pa
     summary = summarise(scores, data.classes)
     with replacing(folder / "scores.csv") as temporary:
         _write_scores(temporary, scores)
+    with replacing(folder / "table.md") as temporary:
+        temporary.write_text(page(cell, summary), encoding="utf-8")
     return Result(
         cell=cell,
         metrics={metric.name: mean for metric in METRICS if (mean := summary[metric.name]) is not None},

@@ -41,9 +41,9 @@ def settings(files: Path, task: str = "medmnist3d:nodule", **changes: Any) -> Me
 def test_training_beats_chance(mode: str, files: Path, tmp_path: Path) -> None:
     cell = Cell(task="medmnist3d:nodule", init="scratch:tiny", mode=mode, seed=1)
     # What random features of shapes are worth is less than what can be learnt.
-    changes: dict[str, Any] = {"epochs": 30} if mode == "linear" else {"epochs": 10}
+    changes: dict[str, Any] = {"epochs": 30} if mode == "linear" else {"epochs": 7}
     result = run_cell(cell, settings(files, **changes, lr_drops=[100]), tmp_path / "run")
-    assert result.metrics["AUC"] > (0.9 if mode == "full" else 0.65)
+    assert result.metrics["AUC"] > (0.85 if mode == "full" else 0.65)
     assert result.data == {
         "file": "nodulemnist3d.npz",
         "md5": result.data["md5"],

@@ -31,6 +31,7 @@ from training.downstream.measures import score, summarise
 from training.downstream.predict import predict
 from training.downstream.prepared import Preparation, Prepared, prepare
 from training.downstream.segmentation_config import SegmentationConfig
+from training.downstream.segmentation_table import page, published
 from training.downstream.task import Cell
 from training.run import TrainingInterrupted, newest_checkpoint
 
@@ -306,6 +307,7 @@ def test_a_short_training_finds_the_organs(release, cache, tmp_path):
     assert result.training_cases == 21
     assert result.data["validation"][0] == "img0029"
     assert result.data["classes"]["liver"]["cases"] == 0, "not drawn in these scans"
+    assert "| mean | " in (tmp_path / "run" / "table.md").read_text()
     lines = (tmp_path / "run" / "scores.csv").read_text().splitlines()
     assert len(lines) == 1 + 9 * 13
     for number in (29, 40):
@@ -409,6 +411,20 @@ def test_a_cell_is_checked_before_anything_is_read(release, tmp_path):
         segmentation.check(Cell(task="btcv", init="scratch"), preset_of(SegmentationConfig, "btcv", "paper"))
 
 
+def test_the_table_has_the_figures_of_the_paper_for_the_same_share():
+    summary = summarise(score("case", *[np.ones((2, 3, 3), np.uint8)] * 2, (1, 1, 1), ["liver"]), ["liver"])
+    whole = page(Cell(task="btcv", init="runs/mim"), summary)
+    assert "| liver | 100.00 | 0.00 | 0.00 | 1 | 0 | 0 |" in whole
+    assert "| PUMIT (paper) | 87.31 | 0.74 | 13.12 |" in whole
+    assert whole.count("(paper)") == 5
+    fifth = page(Cell(task="btcv", init="runs/mim", fraction=0.2), summary)
+    assert "| scratch (paper) | 70.98 | 4.96 | 51.13 |" in fifth
+    assert fifth.count("(paper)") == 2
+    assert published(Cell(task="chaos", init="x"))["PUMIT"] == [92.09, 1.54, 19.85]
+    assert "(paper)" not in page(Cell(task="btcv", init="x", fraction=0.3), summary)
+    assert "(paper)" not in page(Cell(task="folder:mine", init="x"), summary)
+
+
 def test_presets_hold_the_numbers_of_the_paper():
     btcv, chaos = (preset_of(SegmentationConfig, task, "paper") for task in ("btcv", "chaos"))
     assert (btcv.images.spacing, btcv.images.crop, btcv.batch_size) == ((3, 0.75, 0.75), (48, 192, 192), 4)
@@ -430,6 +446,7 @@ import sys, torch
 from pathlib import Path
 from tests.training.downstream.toy import PatchBackbone, tiny
 from training.downstream import segmentation
+from training.downstream.segmentation_table import page, published
 from training.downstream.task import Cell
 release, cache, folder = map(Path, sys.argv[1:])
 folder.mkdir(exist_ok=True)

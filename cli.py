@@ -1161,6 +1161,9 @@ MixOption = Annotated[
 DedupOption = Annotated[
     bool, typer.Option("--dedup", help="Of images that show the same, draw only one; see `duplicates`.")
 ]
+TokenizerOption = Annotated[
+    Path | None, typer.Option("--tokenizer", help="Run folder of the tokenizer.", show_default=False)
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on exactly where this run stopped.")]
 ProcessesOption = Annotated[
     int, typer.Option("--nproc", metavar="N", min=1, help="Processes of this machine that train together.")
@@ -1188,14 +1191,11 @@ def tokenizer(
 @train.command()
 def mim(
     run: RunOption,
-    tokenizer_run: Annotated[
-        Path | None,
-        typer.Option("--tokenizer", help="Run folder of the tokenizer.", show_default=False),
-    ] = None,
     objective: Annotated[
         Literal["tokens", "pixels", "contrastive", "distillation"] | None,
         typer.Option(help="What to learn; by default the preset's, mostly tokens.", show_default=False),
     ] = None,
+    tokenizer_run: TokenizerOption = None,
     preset: PresetOption = "tiny",
     data_dir: DataOption = Path("data"),
     mix_name: MixOption = None,
@@ -1211,7 +1211,7 @@ def mim(
     if objective is not None:
         overrides.append(f"objective={objective}")
     if tokenizer_run is not None:
-        overrides.append(f"tokenizer={json.dumps(str(tokenizer_run))}")  # quoted: the value is read as YAML
+        overrides.append(_tokenizer_setting(tokenizer_run))
     _train("mim", preset, overrides, data_dir, run, resume, processes)
 
 
@@ -1277,6 +1277,50 @@ def compare(
         _print(f"Report: {output / 'report.html'}")
     if outcome.failures:
         sys.exit(SOME_FAILED)
+
+
+@train.command("doctor")
+def train_doctor(
+    run: RunOption = Path("runs/new"),
+    kind: Annotated[Literal["tokenizer", "mim"], typer.Option(help="What would be trained.")] = "tokenizer",
+    tokenizer_run: TokenizerOption = None,
+    preset: PresetOption = "tiny",
+    data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    dedup: DedupOption = False,
+    settings: SetOption = None,
+    cache: CacheOption = None,
+    cache_gb: CacheLimitOption = None,
+    processes: ProcessesOption = 1,
+    other_corpus: Annotated[
+        bool, typer.Option("--other-corpus", help="The tokenizer may have been trained on another corpus.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=1, help="About what it may take.")] = 120,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a run's first steps on your machine and corpus: what speaks against it, and what it will take.
+
+    A run that cannot end well is refused with exit code 2. docs/preflight.md lists what is looked for.
+    """
+    from training.config import load_preset
+
+    overrides = [*(settings or ()), *_drawn_from(mix_name, dedup), *_cached(cache, cache_gb)]
+    if tokenizer_run is not None:
+        overrides.append(_tokenizer_setting(tokenizer_run))
+    config = (
+        load_preset("tokenizer", preset, overrides)
+        if kind == "tokenizer"
+        else load_preset("mim", preset, overrides)
+    )
+    from training.preflight import show
+    from training.preflight.examine import examine
+
+    found = examine(
+        config, data_dir, run, preset=preset, processes=processes, seconds=seconds, other_corpus=other_corpus
+    )
+    _print_json(show.as_json(found)) if as_json else show.render(found, _console())
+    if found.refused():
+        raise typer.Exit(WRONG_CALL)
 
 
 evaluate_app = typer.Typer(help="Measure what a trained model can do.", no_args_is_help=True)
@@ -1431,6 +1475,10 @@ def import_model(
         report = import_weights(kind, file, output, preset, settings or [])
     _print(str(report))
     _print(f"Imported: {output}")
+
+
+def _tokenizer_setting(run: Path) -> str:
+    return f"tokenizer={json.dumps(str(run))}"  # quoted: the value is read as YAML
 
 
 def _drawn_from(mix_name: str | None, dedup: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """How well and how fast duplicates are found, on real images that are encoded again and on made-up features.
 
     python benchmarks/duplicates.py [--quick] [--images N] [--json FILE]
+    python benchmarks/duplicates.py --scale ROWS [--keep FOLDER]      # only a search in a corpus of lookalikes
 
 Recall: each image is encoded again in many ways, and the copies are looked for among the originals, as
 `pumit-data duplicates --leakage` does. Precision: of all pairs of an original and a copy that were found,
@@ -36,11 +37,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813
+from lookalikes import original_of, write_lookalikes
 from PIL import Image
 
+from catalog.corpus import Corpus
 from catalog.duplicates.align import blurred
-from catalog.duplicates.pictures import LEVELS, SLAB_SIDE, pack
+from catalog.duplicates.groups import find_groups
+from catalog.duplicates.pictures import LEVELS, SLAB_SIDE, pack, unpack
 from catalog.duplicates.search import Images, exact_groups, near_pairs
+from catalog.query import load_dataset
 from ingest.features import Features, features
 from ingest.glance import as_source, glance_file, survey
 from ingest.image import Normalised, normalise
@@ -354,6 +359,53 @@ def scaling(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def scale(rows: int, folder: Path) -> None:
+    """Search a corpus of lookalikes (lookalikes.py), and tell what it took and how many planted are found."""
+    corpus = Corpus(folder)
+    if not folder.exists():
+        planted = write_lookalikes(folder, rows, templates())
+        print(f"{planted:,} of {rows:,} images come once more", file=sys.stderr, flush=True)
+    start, cpu = time.perf_counter(), time.process_time()
+    told = ""
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal told
+        if what != told:
+            told = what
+            print(f"{what}: {total:,}, {time.process_time() - cpu:.0f} s of CPU", file=sys.stderr, flush=True)
+
+    found = find_groups(corpus, show)
+    took, cpu = time.perf_counter() - start, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    groups = [{(member.row["dataset"], member.row["key"]) for member in group} for group in found.groups]
+    hits = sum(original_of(key) in group for group in groups for _, key in group if original_of(key))
+    wrong = sum(len({original_of(key) or (name, key) for name, key in group}) > 1 for group in groups)
+    keys = (key for name in corpus.datasets() for key in load_dataset(corpus, name, ["key"])["key"].to_pylist())
+    planted = sum(original_of(key) is not None for key in keys)
+    print(
+        f"{found.images} images: {took:.0f} s, {cpu:.0f} s of CPU, peak {peak:.2f} GB, {hits} of {planted} "
+        f"planted found ({hits / planted:.4f}), {wrong} of {len(groups)} groups with others in them"
+    )
+
+
+def templates() -> list[npt.NDArray[np.uint8]]:
+    """Pictures of the real images, each once."""
+    shared = REPOSITORY.parent / "shared" / "data"
+    root = shared if shared.is_dir() else REPOSITORY / "samples"
+    found: dict[bytes, npt.NDArray[np.uint8]] = {}
+    for glance in survey(root).images:
+        try:
+            images = list(images_of(as_source(root, glance, dataset="benchmark", key=glance.name)))
+        except FailedImage as error:
+            print(f"not used: {error.message}", file=sys.stderr)
+            continue
+        for image in images[:VOLUMES_OF_A_FILE]:
+            if isinstance(image, Normalised):
+                packed = np.frombuffer(image.features.pictures, np.uint8)
+                found[image.features.voxel_hash] = unpack(packed[np.newaxis])[0]
+    return [levels for levels in found.values() if levels.any()]
+
+
 def random_pictures(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint8]:
     smooth = blurred(rng.normal(0, 1, (count, 3, SLAB_SIDE, SLAB_SIDE)).astype(np.float32), 1.5)
     smooth = smooth / smooth.std((-1, -2), keepdims=True)
@@ -370,8 +422,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="samples only, few images: two minutes")
     parser.add_argument("--images", type=int, help="images of the scaling test")
+    parser.add_argument("--scale", type=int, metavar="ROWS", help="only search so many lookalikes")
+    parser.add_argument("--keep", type=Path, help="write the lookalikes here, or use those that are here")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.scale:
+        with tempfile.TemporaryDirectory() as temporary:
+            scale(options.scale, options.keep or Path(temporary) / "corpus")
+        return
     rows = quality(options.quick)
     rows += cost(options.quick)
     rows += scaling(options.images or (3_000 if options.quick else 50_000))

@@ -42,7 +42,7 @@ HEAVY = {"torch", "dask", "distributed", "matplotlib", "pyarrow", "zarr", "tenso
                 "verify",
             ],
         ),
-        ("pumit-train", ["tokenizer", "mim"]),
+        ("pumit-train", ["tokenizer", "mim", "doctor"]),
     ],
 )
 def test_every_command_has_help(script: str, subcommands: list[str]) -> None:

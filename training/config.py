@@ -141,6 +141,8 @@ class RunConfig(_Section):
     """Keep a moving average of the weights, of which each step leaves this share; null keeps none."""
     device: Literal["auto", "cpu", "cuda"]
     """Where to train; auto takes a GPU where there is one, and each of several processes its own."""
+    wandb_project: Annotated[str, Field(min_length=1)] | None = None
+    """Project on Weights & Biases that gets the training curves too; null sends nothing anywhere."""
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Seed of weights, draws of images, augmentation and masks."""
 
@@ -379,7 +381,7 @@ _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
 
 _FREE_ON_RESUME = (
     *("device", "data.workers", "data.cache_", "data.accumulate"),
-    *("intervals.", "keep_checkpoints", "validation_", "probe_"),
+    *("intervals.", "keep_checkpoints", "validation_", "probe_", "wandb_"),
 )
 """Fields (or sections, with the dot) that change no weight, but by rounding, so that a resumed run may set them
 anew. As with the number of processes, `accumulate` may only change where no pass draws noise (training.run)."""

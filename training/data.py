@@ -65,6 +65,8 @@ class RunData:
     """`dataset/key` of the validation images -> modality."""
     probed: tuple[LabelledImages, LabelledImages] | None
     """Training images for probes to learn from, and held-out ones to test them on; None without either."""
+    trained_modalities: frozenset[str]
+    """Those of the images that are trained on."""
     fingerprints: dict[str, str]
     """What a resumed run must find unchanged."""
     lock: str
@@ -129,6 +131,7 @@ def open_data(place: Location, config: RunConfig, licences: Mapping[str, str | N
         validation_name="validation" if measured.held_out else "training_images",
         modalities=measured.modalities,
         probed=probed,
+        trained_modalities=candidates.modalities("train"),
         fingerprints=fingerprints,
         lock=lock_text(lock),
     )
@@ -362,6 +365,10 @@ class Candidates:
 
     def table(self) -> pa.Table:
         return pa.concat_tables(self._tables)
+
+    def modalities(self, split: str) -> frozenset[str]:
+        """Those of the images of a split."""
+        return frozenset(name for _, of, name in self._taken if of == split and name is not None)
 
 
 def choose_images(table: pa.Table, count: int) -> tuple[pa.Table, bool]:

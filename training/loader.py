@@ -39,6 +39,8 @@ from training.watch import NOTICE_SECONDS, Watch
 _ALIGNMENT = 16  # bytes: any stored dtype may start at a multiple of it
 _BATCHES_AHEAD = 2
 """Of a store, so many batches are under way beside the one that is put together: they hide its latency."""
+BATCHES_WAITING = 2
+"""At most, of each worker: read, and not yet taken."""
 _READ_AT_ONCE = 8
 """Boxes of a folder under way in one process: while one is decoded, the disk reads the next."""
 
@@ -96,17 +98,19 @@ class RawBatch:
                 f"a process's {len(samples)} crops of a batch cannot be made in {parts} passes: lower "
                 "data.accumulate, or raise data.batch_size"
             )
+        ends = [part * len(samples) // parts for part in range(parts + 1)]
+        return [self._part(first, stop) for first, stop in itertools.pairwise(ends)]
+
+    def first(self, crops: int) -> RawBatch:
+        """Its first crops alone, as a batch of their own."""
+        part = self._part(0, crops)
+        return replace(part, plan=replace(part.plan, global_size=crops))
+
+    def _part(self, first: int, stop: int) -> RawBatch:
         places, size = _layout(self.plan)
         starts = [place.start for place in places] + [size]
-        ends = [part * len(samples) // parts for part in range(parts + 1)]
-        return [
-            replace(
-                self,
-                plan=replace(self.plan, samples=samples[first:stop]),
-                buffer=self.buffer[starts[first] : starts[stop]],
-            )
-            for first, stop in itertools.pairwise(ends)
-        ]
+        plan = replace(self.plan, samples=self.plan.samples[first:stop])
+        return replace(self, plan=plan, buffer=self.buffer[starts[first] : starts[stop]])
 
     def pin_memory(self) -> RawBatch:
         """The same in page-locked memory, from which copies to a GPU overlap with its work."""
@@ -211,7 +215,7 @@ def make_loader(
     *,
     rank: int = 0,
     world: int = 1,
-    prefetch: int = 2,
+    prefetch: int = BATCHES_WAITING,
     cache: CacheConfig | None = None,
     notice_seconds: float = NOTICE_SECONDS,
 ) -> BatchLoader:

@@ -75,7 +75,8 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """The reverse, in every process; raises RuntimeError where names or shapes differ."""
-    if is_sharded(model):
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a pass without gradients, as a probe makes, leaves the outermost layer whole
         set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
     else:
         model.load_state_dict(state)

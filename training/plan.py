@@ -219,7 +219,7 @@ class BatchPlanner:
         if world > self.batch_size:
             raise SetupError(f"a batch of {self.batch_size} crops cannot be shared by {world} processes")
         first, stop = _slice(self.batch_size, rank, world)
-        level = self._level(step)
+        level = self.level(step)
         crop_size = self.crop.size(level)
         u = uniforms(self.seed, Stream.SAMPLE, step, first, stop - first, _DRAWS)
         rows = self._draws[level].draw(u[:, _Draw.IMAGE])
@@ -238,7 +238,8 @@ class BatchPlanner:
             views=views,
         )
 
-    def _level(self, step: int) -> int:
+    def level(self, step: int) -> int:
+        """DA level of a step."""
         u = uniforms(self.seed, Stream.LEVEL, step, 0, 1, 1)[:, 0]
         return int(_drawn(self._running, u)[0])
 

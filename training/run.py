@@ -4,7 +4,7 @@ A run folder holds
 
     run.json                      configuration and fingerprints, written before the first step
     corpus.lock                   the corpus: `pumit-data lock --check` compares
-    tensorboard/                  curves
+    tensorboard/                  curves; with `wandb_project`, wandb/ and wandb.json beside it
     pictures/step-00000200.png    what the network sees and makes of it
     pictures/codebook-00000200.png    of a tokenizer, how often it means each code
     checkpoints/step-00000200/    complete or absent; the name counts the steps done
@@ -60,6 +60,8 @@ from training.world import World
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from training.wandb_log import WandbLog
 
 AVERAGED_STEPS = 10
 """Steps over which the first and the last loss of a run are averaged."""
@@ -194,6 +196,7 @@ class Run:
         self.take_meter: Callable[[], Meter] | None = None
         """What loading took since it was asked last; logged with the rest."""
         self._writer: SummaryWriter | None = None
+        self._wandb: WandbLog | None = None
         seen = world.gather(self.fingerprints)
         if any(other != self.fingerprints for other in seen):
             self._give_up(SetupError(f"the processes of this training do not see the same data: {seen}"))
@@ -281,7 +284,7 @@ class Run:
                 torch.manual_seed(self.config.seed + self.world.rank)
         else:
             self._load(self._checkpoint)
-        self._open_log()
+        self.world.first(self._open_log)
 
     def _load(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
@@ -460,6 +463,22 @@ class Run:
         self._sums, self._passes = {}, []
         return means | {"grad_norm": norm}
 
+    def forget_step(self) -> None:
+        """Drop what a step left that did not come to its end."""
+        self._sums, self._passes, self._updates = {}, [], []
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: networks, and two moments of every number that is learnt."""
+        size = 0
+        for name, model in self._models.items():
+            size += sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+            if name in self._optimizers:
+                learnt = (p for group in self._optimizers[name].param_groups for p in group["params"])
+                size += sum(2 * p.numel() * p.element_size() for p in learnt)
+        return size
+
     def finish_step(
         self, step: int, scalars: Mapping[str, float | Tensor], work: StepWork | None = None
     ) -> None:
@@ -535,11 +554,15 @@ class Run:
         return (step + 1) % every_steps == 0 or step + 1 == self.config.steps
 
     def log(self, step: int, scalars: Mapping[str, float | Tensor]) -> None:
-        """Write `scalars` to TensorBoard under the number of steps done."""
+        """Write `scalars` to the curves under the number of steps done."""
         if self._writer is not None:
-            for name, value in scalars.items():
-                number = value.item() if isinstance(value, Tensor) else value
+            numbers = {
+                name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()
+            }
+            for name, number in numbers.items():
                 self._writer.add_scalar(name, number, step + 1)
+            if self._wandb is not None:
+                self._wandb.log(step + 1, numbers)
 
     def summary(self, measured: Mapping[str, float]) -> dict[str, Any]:
         """First and last loss (means over some steps), speed of all processes, what was `measured`."""
@@ -572,24 +595,31 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._restore_signals()
+        self.restore_signals()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close(done=error is None)
         if isinstance(error, TrainingInterrupted):
             self.console.print(str(error))
 
     def _open_log(self) -> None:
+        """Open the curves; only rank 0 does."""
         from torch.utils.tensorboard import SummaryWriter
 
-        if self.world.rank == 0:
-            # What an interrupted run logged after its last checkpoint is logged again.
-            self._writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.first_step + 1)
+        # What an interrupted run logged after its last checkpoint is logged again.
+        self._writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.first_step + 1)
+        if self.config.wandb_project is not None:
+            from training.wandb_log import WandbLog
+
+            self._wandb = WandbLog(self.config.wandb_project, self.folder, self.config)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop_signal = signal.Signals(number)
-        self._restore_signals()  # a second signal ends the process at once
+        self.restore_signals()  # a second signal ends the process at once
 
-    def _restore_signals(self) -> None:
+    def restore_signals(self) -> None:
+        """Give signals the meaning that they had outside: this run is not one to be stopped after a step."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

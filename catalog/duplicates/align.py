@@ -22,7 +22,7 @@ Levels = npt.NDArray[np.uint8]
 FLAT_THRESHOLD, VOLUME_THRESHOLD = 0.76, 0.72
 """Agreement from which on two 2-D images, or two volumes, count as near duplicates (benchmarks/RESULTS.md)."""
 
-_PLANES = {1: ((0, 1),), 3: ((1, 2), (0, 2), (0, 1))}
+PLANES = {1: ((0, 1),), 3: ((1, 2), (0, 2), (0, 1))}
 """By the number of pictures: the axes of the image that run down and across each."""
 _SEARCH_BLUR = 2.5
 _SEARCHED_SCALES = (1.0, 0.9, 1.11, 0.8, 1.25)
@@ -76,7 +76,7 @@ def blurred(pictures: Floats, sigma: float) -> Floats:
 def _starts(a: Floats, b: Floats) -> list[tuple[Placement, Floats]]:
     """The best flips and scales at a coarse look: placements, and the second pictures flipped accordingly."""
     count, side = a.shape[1], a.shape[-1]
-    flips = list(itertools.product((False, True), repeat=len(_PLANES[count]) if count == 3 else 2))
+    flips = list(itertools.product((False, True), repeat=len(PLANES[count]) if count == 3 else 2))
     coarse_a, coarse_b = blurred(a, _SEARCH_BLUR), blurred(b, _SEARCH_BLUR)
     choices, likeness = [], []
     for scale in _SEARCHED_SCALES:
@@ -103,7 +103,7 @@ def _starts(a: Floats, b: Floats) -> list[tuple[Placement, Floats]]:
 def _flipped(pictures: Floats, flip: tuple[bool, ...]) -> Floats:
     """(B, count, side, side) of images that are flipped along their axes."""
     turned = []
-    for number, axes in enumerate(_PLANES[pictures.shape[1]]):
+    for number, axes in enumerate(PLANES[pictures.shape[1]]):
         down, across = (-1 if flip[axis] else 1 for axis in axes)
         turned.append(pictures[:, number, ::down, ::across])
     return np.stack(turned, axis=1)
@@ -121,7 +121,7 @@ def _placed(a: Floats, b: Floats, start: Placement) -> Placement:
         for _ in range(_STEPS):
             normal = np.zeros((pairs, 2 * axes, 2 * axes), np.float32)
             right = np.zeros((pairs, 2 * axes), np.float32)
-            for number, (down, across) in enumerate(_PLANES[count]):
+            for number, (down, across) in enumerate(PLANES[count]):
                 rows, rows_inside = _interpolation(shift[:, down], scale[:, down], side)
                 columns, columns_inside = _interpolation(shift[:, across], scale[:, across], side)
                 columns = columns.transpose(0, 2, 1)
@@ -153,7 +153,7 @@ def _placed(a: Floats, b: Floats, start: Placement) -> Placement:
 def _fine_agreement(a: Floats, b: Floats, placement: Placement) -> Floats:
     side = a.shape[-1]
     found = []
-    for number, (down, across) in enumerate(_PLANES[a.shape[1]]):
+    for number, (down, across) in enumerate(PLANES[a.shape[1]]):
         rows, rows_inside = _interpolation(placement.shift[:, down], placement.scale[:, down], side)
         columns, columns_inside = _interpolation(placement.shift[:, across], placement.scale[:, across], side)
         seen = (rows_inside[:, :, None] & columns_inside[:, None, :]).astype(np.float32)

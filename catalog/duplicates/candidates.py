@@ -2,43 +2,52 @@
 
 Codes wait on disk, in parts by bucket, and each part is sorted in memory. In a bucket a code is compared with
 the next few only, in the order of the rest of their signs: one that is crowded, of images without much in them,
-costs time in proportion to its size and not to its square.
+costs time in proportion to its size and not to its square. Meetings wait on disk in the same way, in parts of
+successive images. A pair met by chance has one point in common, in several sizes: so points are counted, and
+only in mirror images that belong together.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from catalog.duplicates.codes import MOST_DIFFERENT, Codes
+from catalog.duplicates.align import PLANES
+from catalog.duplicates.codes import BUCKET_BITS, PLACE, REST, Codes
 
-NEIGHBOURS = 64
+NEIGHBOURS = 16
 """So many following codes of its bucket a code is compared with."""
 _NEIGHBOURS_ACROSS = 4096
 """The same between two sides, where only buckets with codes of both are looked at."""
+_MOST_DIFFERENT = 9
+"""Codes meet whose rests differ in so many signs at most. Of unlike surroundings half do; one pair in 100 comes
+through."""
 _PARTS = 128
 _HELD = 1 << 22
-_MEMORY = "1GB"
-_SURE, _MEETINGS = 6, 2
-"""A pair is worth it if the rests of two codes differ in at most _SURE signs, or _MEETINGS codes meet."""
+_SURE, _POINTS = 6, 2
+"""A pair is worth it if the rests of two codes differ in at most _SURE signs, or _POINTS points meet whose
+mirror images belong together."""
 
-_CODE = np.dtype([("bucket", "<u4"), ("rest", "<u4"), ("image", "<u4")])
+_CODE = np.dtype([("code", "<u8"), ("image", "<u4")])
+_MEETING = np.dtype([("a", "<u4"), ("b", "<u4"), ("different", "u1"), ("place", "u1")])
+_BUCKET, _UP_TO_PLACE = np.uint64((1 << REST) - 1), np.uint64((1 << PLACE) - 1)
 
 
 class Candidates:
     """Takes codes of images and gives back pairs. Memory does not grow with them, up to 2^32 images."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where files may lie meanwhile, some 1.5 kB an image; by default that of temporary files."""
+        """`folder`: where files may lie meanwhile, some 2 kB an image and 10 bytes a meeting; by default that
+        of temporary files."""
         self._folder = tempfile.TemporaryDirectory(prefix="pumit-data-codes-", dir=folder)
         self._held: list[npt.NDArray[np.void]] = []
-        self._sizes = np.zeros(_PARTS, np.int64)
 
     def __enter__(self) -> Candidates:
         return self
@@ -50,8 +59,8 @@ class Candidates:
 
     def add(self, codes: Codes) -> None:
         """`codes.image` holds the numbers of images."""
-        entries = np.empty(len(codes.bucket), _CODE)
-        entries["bucket"], entries["rest"], entries["image"] = codes.bucket, codes.rest, codes.image
+        entries = np.empty(len(codes.code), _CODE)
+        entries["code"], entries["image"] = codes.code, codes.image
         self._held.append(entries)
         if sum(map(len, self._held)) >= _HELD:
             self._spill()
@@ -65,70 +74,116 @@ class Candidates:
             source: by image; those of one source are no pair.
             side: by image; if given, only pairs of both sides are wanted.
         """
-        import duckdb
-
         self._spill()
-        scratch = Path(self._folder.name)
-        with duckdb.connect(
-            str(scratch / "pairs.duckdb"), config={"memory_limit": _MEMORY, "temp_directory": str(scratch)}
-        ) as database:
-            database.execute("CREATE TABLE meeting (a UINTEGER, b UINTEGER, different UTINYINT)")
-            for number in range(_PARTS):
-                for first, second, different in self._meetings(number, source, side):
-                    meeting = pa.table({"a": first, "b": second, "different": different})
-                    database.register("met", meeting)
-                    database.execute("INSERT INTO meeting SELECT * FROM met")
-                    database.unregister("met")
-            found = database.sql(
-                "SELECT a, b FROM meeting GROUP BY a, b HAVING min(different) <= $sure OR count(*) >= $often "
-                "ORDER BY a, b",
-                params={"sure": _SURE, "often": _MEETINGS},
-            )
-            for batch in found.to_arrow_reader(1 << 16):
-                yield np.stack([batch.column(name).to_numpy().astype(np.int64) for name in ("a", "b")], axis=1)
+        images = len(source)
+        met: list[npt.NDArray[np.void]] = []
+        held = 0
+        for number in range(_PARTS):
+            for meetings in self._meetings(number, source, side):
+                met.append(meetings)
+                held += len(meetings)
+                if held >= _HELD:
+                    self._spill_meetings(met, images)
+                    met, held = [], 0
+        self._spill_meetings(met, images)
+        for number in range(_PARTS):
+            file = self._part("meetings", number)
+            if file.exists():
+                yield _worthwhile(np.fromfile(file, _MEETING))
+                file.unlink()
 
     def _spill(self) -> None:
-        if not self._held:
-            return
-        entries = np.concatenate(self._held)
-        self._held = []
-        part = entries["bucket"] % _PARTS
-        order = np.argsort(part, kind="stable")
+        if self._held:
+            entries = np.concatenate(self._held)
+            self._held = []
+            self._append("codes", entries, entries["code"] % np.uint64(_PARTS))
+
+    def _spill_meetings(self, met: list[npt.NDArray[np.void]], images: int) -> None:
+        """In parts of successive images, so that the pairs come in order."""
+        if met:
+            meetings = np.concatenate(met)
+            self._append("meetings", meetings, meetings["a"].astype(np.int64) * _PARTS // images)
+
+    def _append(self, what: str, entries: npt.NDArray[np.void], part: npt.NDArray[np.integer[Any]]) -> None:
+        order = np.argsort(part.astype(np.uint8), kind="stable")
         ends = np.cumsum(np.bincount(part, minlength=_PARTS))
         for number, chosen in enumerate(np.split(entries[order], ends[:-1])):
-            with self._part(number).open("ab") as file:
-                chosen.tofile(file)
+            if len(chosen):
+                with self._part(what, number).open("ab") as file:
+                    chosen.tofile(file)
 
-    def _part(self, number: int) -> Path:
-        return Path(self._folder.name) / f"codes-{number:03d}"
+    def _part(self, what: str, number: int) -> Path:
+        return Path(self._folder.name) / f"{what}-{number:03d}"
 
     def _meetings(
         self, number: int, source: npt.NDArray[np.uint64], side: npt.NDArray[np.bool_] | None
-    ) -> Iterator[tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], npt.NDArray[np.uint8]]]:
-        """Image, other image and number of different signs of codes that meet in one part."""
-        file = self._part(number)
+    ) -> Iterator[npt.NDArray[np.void]]:
+        """The meetings of codes in one part."""
+        file = self._part("codes", number)
         if not file.exists():
             return
         entries = np.fromfile(file, _CODE)
         file.unlink()
         if side is not None:
             here = side[entries["image"]]
-            both = np.intersect1d(entries["bucket"][here], entries["bucket"][~here])
-            entries = entries[np.isin(entries["bucket"], both)]
-        order = np.lexsort((entries["image"], entries["rest"], entries["bucket"]))
-        bucket, rest, image = (
-            np.ascontiguousarray(entries[name][order]) for name in ("bucket", "rest", "image")
-        )
+            buckets = entries["code"] & _BUCKET
+            both = np.intersect1d(buckets[here], buckets[~here])
+            entries = entries[np.isin(buckets, both)]
+        # By bucket, then rest: the bits are turned so that those of the bucket are the first.
+        signs = entries["code"] & _UP_TO_PLACE
+        turned = (signs << np.uint64(64 - REST)) | (signs >> np.uint64(REST))
+        order = np.lexsort((entries["code"] >> np.uint64(PLACE), entries["image"], turned))
+        code, image = (np.ascontiguousarray(entries[name][order]) for name in ("code", "image"))
+        bucket, rest = code & _BUCKET, (code & _UP_TO_PLACE) >> np.uint64(REST)
+        slab = (bucket >> np.uint64(BUCKET_BITS)).astype(np.uint8)
+        at = (code >> np.uint64(PLACE)).astype(np.uint8)
+        together = np.arange(len(bucket))
         for distance in range(1, (NEIGHBOURS if side is None else _NEIGHBOURS_ACROSS) + 1):
-            together = np.flatnonzero(bucket[distance:] == bucket[:-distance])
+            together = together[: np.searchsorted(together, len(bucket) - distance)]
+            together = together[bucket[together] == bucket[together + distance]]
             if not len(together):
                 break
             different = np.bitwise_count(rest[together] ^ rest[together + distance])
-            near = different <= MOST_DIFFERENT
-            first, second = image[together[near]], image[together[near] + distance]
-            wanted = (first != second) & (source[first] != source[second])
+            near = different <= _MOST_DIFFERENT
+            one, two = together[near], together[near] + distance
+            wanted = source[image[one]] != source[image[two]]
             if side is not None:
-                wanted &= side[first] != side[second]
-            if wanted.any():
-                first, second = first[wanted], second[wanted]
-                yield np.minimum(first, second), np.maximum(first, second), different[near][wanted]
+                wanted &= side[image[one]] != side[image[two]]
+            one, two = one[wanted], two[wanted]
+            swapped = image[one] > image[two]
+            one, two = np.where(swapped, two, one), np.where(swapped, one, two)
+            met = np.empty(len(one), _MEETING)
+            met["a"], met["b"], met["different"] = image[one], image[two], different[near][wanted]
+            met["place"] = (slab[one] << 6) | ((at[one] ^ at[two]) & 48) | (at[one] & 15)
+            yield met
+
+
+def _worthwhile(meetings: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    """Pairs (n, 2), each once and in order, of those that met in one part."""
+    key = (meetings["a"].astype(np.uint64) << np.uint64(32)) | meetings["b"]
+    order = np.argsort(key, kind="stable")
+    key, place = key[order], meetings["place"][order]
+    starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
+    least = np.minimum.reduceat(meetings["different"][order], starts)
+    pair = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(key)]))
+    # Each point of the first image counts once, in whatever sizes and with whomever it meets.
+    distinct = np.unique((pair << 8) | place)
+    pair, belongs = distinct >> 8, _BELONGS[distinct & 255]
+    points = np.zeros(len(starts), np.int64)
+    for flip in range(belongs.shape[1]):
+        points = np.maximum(points, np.bincount(pair[belongs[:, flip]], minlength=len(starts)))
+    found = key[starts[(least <= _SURE) | (points >= _POINTS)]]
+    return np.stack([found >> np.uint64(32), found & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
+
+
+def _belonging() -> npt.NDArray[np.bool_]:
+    """(256, 8): whether what a meeting says of mirrored sides belongs to each flip of the axes D, H and W."""
+    table = np.zeros((256, 8), bool)
+    for place, flip in itertools.product(range(256), range(8)):
+        slab = place >> 6
+        down, across = PLANES[3][slab - 1] if slab else (1, 2)
+        table[place, flip] = ((place >> 4) & 1, (place >> 5) & 1) == ((flip >> down) & 1, (flip >> across) & 1)
+    return table
+
+
+_BELONGS = _belonging()

@@ -17,9 +17,14 @@ import numpy.typing as npt
 from catalog.duplicates.align import Floats, Levels, blurred
 
 BUCKET_BITS, REST_BITS = 24, 32
-"""Signs that must be equal for two codes to meet, and further ones ..."""
-MOST_DIFFERENT = 9
-"""... of which so many may differ. Of unlike surroundings half do; one pair in 100 comes through."""
+"""Signs that must be equal for two codes to meet, and further ones."""
+REST, PLACE, MIRRORED = 26, 58, 62
+"""Where these begin in a code, of 64 bits. It has first the bucket: BUCKET_BITS signs, and the number of the
+picture (0 of a flat image, 1 to 3 of the slabs); then the rest; the last four bits of the number of the point;
+and whether its surroundings were mirrored down, and across."""
+NO_POINT = np.uint64(2**64 - 1)
+
+Signs = npt.NDArray[np.uint64]
 
 _POINTS = {1: 20, 3: 9}
 """Points of a picture at most, by the number of pictures of the image."""
@@ -40,26 +45,31 @@ class Codes(NamedTuple):
 
     image: npt.NDArray[np.int64]
     """Index among the images given."""
-    bucket: npt.NDArray[np.uint32]
-    """Of BUCKET_BITS signs, and which of the pictures it is."""
-    rest: npt.NDArray[np.uint32]
+    code: Signs
 
 
-def codes(pictures: Levels) -> Codes:
-    """All codes of images: (N, 1 or 3, side, side). A picture without structure has none."""
+def described(pictures: Levels) -> tuple[Codes, Signs]:
+    """All codes of images, (N, 1 or 3, side, side), and their signs (N, sizes, points).
+
+    A picture without structure has none.
+    """
     images, count, side, _ = pictures.shape
-    bucket, rest, valid = _codes_of_pictures(pictures.reshape(-1, side, side), _POINTS[count])
-    which = np.tile(np.arange(count, dtype=np.uint32), images)[:, None]
+    signs, weakest = _signs(pictures.reshape(-1, side, side), _POINTS[count])
     # Flat pictures and the three slabs have nothing in common: 0, and 1 to 3.
-    bucket = bucket | ((which + (1 if count == 3 else 0)) << np.uint32(BUCKET_BITS))
-    image = np.repeat(np.arange(images), count)[:, None] + np.zeros_like(bucket, np.int64)
-    return Codes(image[valid], bucket[valid], rest[valid])
+    which = np.tile(np.arange(count, dtype=np.uint64), images) + np.uint64(count == 3)
+    signs |= np.where(signs == NO_POINT, 0, which[:, None, None] << np.uint64(BUCKET_BITS))
+    # Once more with the sign that is least certain the other way round.
+    both = np.stack([signs, signs ^ (np.uint64(1) << weakest)])
+    valid = both[:1].repeat(2, 0) != NO_POINT
+    image = np.broadcast_to(np.repeat(np.arange(images), count)[:, None, None], both.shape)
+    each = Codes(image[valid], both[valid])
+    signs = signs.reshape(images, count, len(_SIZES), -1).swapaxes(1, 2).reshape(images, len(_SIZES), -1)
+    return each, signs
 
 
-def _codes_of_pictures(
-    levels: Levels, points: int
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
-    """(P, side, side) to buckets, rests and which of them are real, each (P, codes)."""
+def _signs(levels: Levels, points: int) -> tuple[Signs, Signs]:
+    """(P, side, side) to all signs but the number of the picture, and the least certain of the first:
+    (P, sizes, points)."""
     pictures = levels.astype(np.float32)
     number, side, _ = pictures.shape
     unit = side / _REFERENCE_SIDE
@@ -68,23 +78,24 @@ def _codes_of_pictures(
     places = ((np.arange(_GRID, dtype=np.float32) + 0.5) / _GRID * 2 - 1) * _RADIUS * side
     cosines, order = _cosines(_GRID), _order()
     odd = np.arange(_GRID) % 2 == 1
-    weights = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    buckets, rests = [], []
+    point = np.arange(points, dtype=np.uint64) % np.uint64(16) << np.uint64(PLACE)
+    found, uncertain = [], []
     for size in _SIZES:
         around = _sampled(smooth, down[..., None] + size * places, across[..., None] + size * places)
         transformed = cosines @ around @ cosines.T
+        falls = transformed[..., 1, 0] < 0, transformed[..., 0, 1] < 0
         # Mirrored so that both slopes rise: odd waves change their sign with the direction.
-        for slope, waves in ((transformed[..., 1, 0], odd[:, None]), (transformed[..., 0, 1], odd[None, :])):
-            transformed = np.where(waves & (slope < 0)[..., None, None], -transformed, transformed)
-        signs = transformed.reshape(number, points, -1)[..., order]
-        positive = signs > 0
-        bucket = (positive[..., :BUCKET_BITS] * weights[:BUCKET_BITS]).sum(-1, dtype=np.uint32)
-        rest = (positive[..., BUCKET_BITS:] * weights).sum(-1, dtype=np.uint32)
-        weakest = np.abs(signs[..., :BUCKET_BITS]).argmin(-1).astype(np.uint32)
-        # Once more with the sign that is least certain the other way round.
-        buckets += [bucket, bucket ^ (np.uint32(1) << weakest)]
-        rests += [rest, rest]
-    return np.concatenate(buckets, 1), np.concatenate(rests, 1), np.tile(valid, 2 * len(_SIZES))
+        for fall, waves in zip(falls, (odd[:, None], odd[None, :]), strict=True):
+            transformed = np.where(waves & fall[..., None, None], -transformed, transformed)
+        ordered = transformed.reshape(number, points, -1)[..., order]
+        bits = np.zeros((number, points, 64), bool)
+        bits[..., :BUCKET_BITS] = ordered[..., :BUCKET_BITS] > 0
+        bits[..., REST : REST + REST_BITS] = ordered[..., BUCKET_BITS:] > 0
+        bits[..., MIRRORED], bits[..., MIRRORED + 1] = falls
+        packed = np.packbits(bits, axis=-1, bitorder="little").view("<u8")[..., 0]
+        found.append(np.where(valid, packed | point, NO_POINT))
+        uncertain.append(np.abs(ordered[..., :BUCKET_BITS]).argmin(-1).astype(np.uint64))
+    return np.stack(found, axis=1), np.stack(uncertain, axis=1)
 
 
 def _salient(pictures: Floats, points: int, unit: float) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:

@@ -138,7 +138,7 @@ def find_groups(
 
     Args:
         exact_only: no near duplicates.
-        folder: for what is on disk meanwhile, some 3 kB an image; by default that of temporary files.
+        folder: for what is on disk meanwhile, some 5 kB an image; by default that of temporary files.
 
     Raises:
         SetupError: nothing is ingested, images have no features, or a file is damaged.

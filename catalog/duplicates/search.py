@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from catalog.duplicates.align import agreement, threshold
 from catalog.duplicates.candidates import Candidates
-from catalog.duplicates.codes import codes
+from catalog.duplicates.codes import described
 from catalog.duplicates.pictures import PACKED_BYTES, unpack
+from catalog.duplicates.points import Points, most_alike
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is, out of how much)."""
@@ -112,7 +113,7 @@ def near_pairs(
     """
     table = images.table()
     found: Pairs = {}
-    with Candidates(folder) as candidates:
+    with Candidates(folder) as candidates, Points(len(table), folder) as points:
         alike = _equal(np.stack([table["pictures"], table["count"].astype(np.uint64)], axis=1))
         standing = np.ones(len(table), bool)
         for group in alike:
@@ -120,12 +121,19 @@ def near_pairs(
             kept = [group[:1]] if side is None else [group[side[group] == value][:1] for value in (False, True)]
             standing[group] = False
             standing[np.concatenate(kept)] = True
-        structured = _add_codes(images, np.flatnonzero(standing), candidates, progress)
+        structured = _add_codes(images, np.flatnonzero(standing), candidates, points, progress)
         for group in alike:
             if structured[group].any():
                 found |= dict.fromkeys(_star(group, table["source"], side), 1.0)
-        pairs = [np.empty((0, 2), np.int64), *candidates.pairs(table["source"], side)]
+        pairs, alike_points = [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
+        for some in candidates.pairs(table["source"], side):
+            for count in PACKED_BYTES:
+                of_kind = some[table["count"][some[:, 0]] == count]
+                number = points.alike(count, of_kind)
+                pairs.append(of_kind[number > 0])
+                alike_points.append(number[number > 0])
     compared = np.concatenate(pairs)
+    compared = compared[most_alike(compared, np.concatenate(alike_points), len(table))]
     agreeing = _agreeing(images, compared, progress, united=side is None)
     found |= agreeing if side is None else _with_those_alike(agreeing, alike, side)
     return _best_of_sources(images, found)
@@ -170,9 +178,13 @@ def united(exact: Iterable[npt.NDArray[np.int64]], near: Iterable[tuple[int, int
 
 
 def _add_codes(
-    images: Images, standing: npt.NDArray[np.int64], candidates: Candidates, progress: Progress
+    images: Images,
+    standing: npt.NDArray[np.int64],
+    candidates: Candidates,
+    points: Points,
+    progress: Progress,
 ) -> npt.NDArray[np.bool_]:
-    """Give the codes of some images to `candidates`; returns, by image, whether it has any."""
+    """Give the codes of some images to `candidates` and `points`; returns, by image, whether it has any."""
     table = images.table()
     structured = np.zeros(len(table), bool)
     done = 0
@@ -180,9 +192,10 @@ def _add_codes(
         chosen = standing[table["count"][standing] == count]
         for start in range(0, len(chosen), _CODED_AT_ONCE):
             numbers = chosen[start : start + _CODED_AT_ONCE]
-            made = codes(images.levels(count, table["place"][numbers]))
+            made, signs = described(images.levels(count, table["place"][numbers]))
             structured[numbers[made.image]] = True
             candidates.add(made._replace(image=numbers[made.image]))
+            points.add(count, numbers, signs)
             done += len(numbers)
             progress("codes", done, len(standing))
     return structured

@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from catalog.durable import replacing
 from catalog.report.charts import intensity_scale, level_chart, size_scale, spacing_chart
 from catalog.report.facts import INTENSITIES, SHAPES
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 def write_page(facts: dict[str, Any], path: Path) -> int:
@@ -56,6 +60,7 @@ def render_template(name: str, values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "number": _number, "percent": _percent, "bytes": decimal}
+    environment.filters["with_code"] = with_code
     style, script = _packaged("report.css"), _packaged("report.js")
     return environment.get_template(name).render(
         **values,
@@ -64,6 +69,14 @@ def render_template(name: str, values: Mapping[str, Any]) -> str:
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'",
     )
+
+
+def with_code(text: str) -> Markup:
+    """The text, escaped, with what stands between two backticks as code."""
+    from markupsafe import Markup, escape
+
+    escaped = str(escape(text))
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escaped))  # noqa: S704 (escaped before)
 
 
 def _packaged(name: str) -> str:

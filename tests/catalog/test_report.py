@@ -20,7 +20,7 @@ from catalog.corpus import Corpus
 from catalog.errors import SetupError
 from catalog.report.charts import FAMILY_COLOURS, Axis, spacing_chart
 from catalog.report.facts import FINEST_STEP, MOST_MARKS, report_facts
-from catalog.report.page import render_page
+from catalog.report.page import render_page, with_code
 from catalog.report.pictures import BYTES_OF_ONE, MOST_OF_A_GROUP, MOST_PICTURES, allotment
 from catalog.spacing import da_level
 from catalog.write import merge_dataset
@@ -200,6 +200,11 @@ def test_suspects_are_shown_beside_usual_images(tmp_path: Path) -> None:
     assert "A usual image: case-" in text
     assert {"href": "#outliers"} in page.all("a")
     assert "Outliers and suspects" not in page_of(corpus, "spacing_z < 10")[0]
+
+
+def test_what_stands_in_backticks_is_code_and_nothing_else_is_markup() -> None:
+    assert with_code("type `a --b <id>` & `c`") == "type <code>a --b &lt;id&gt;</code> &amp; <code>c</code>"
+    assert with_code("<b>one ` alone") == "&lt;b&gt;one ` alone"
 
 
 def test_a_condition_narrows_everything(corpus: Corpus) -> None:

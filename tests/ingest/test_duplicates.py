@@ -17,10 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from catalog.corpus import Corpus
-from catalog.duplicates import load_groups, recorded_digest, state_of, superfluous, write_groups
-from catalog.duplicates.align import agreement, threshold
+from catalog.duplicates import (
+    candidates,
+    load_groups,
+    points,
+    recorded_digest,
+    search,
+    state_of,
+    superfluous,
+    write_groups,
+)
+from catalog.duplicates.align import agreement, blurred, threshold
 from catalog.duplicates.candidates import NEIGHBOURS, Candidates
-from catalog.duplicates.codes import Codes, codes
+from catalog.duplicates.codes import Codes, described
 from catalog.duplicates.groups import find_groups, kept_member, summary
 from catalog.duplicates.pictures import PACKED_BYTES, pack, unpack
 from catalog.duplicates.search import Images, exact_groups, near_pairs, united
@@ -182,7 +191,7 @@ def test_an_image_of_one_value_has_nothing_to_be_found_by() -> None:
     for voxels in (np.zeros((1, 9, 40, 40), np.int16), np.full((1, 1, 40, 40), 7, np.uint8)):
         levels = pictures(voxels, (0.0, 10.0))
         assert not levels.any()
-        assert len(codes(levels[np.newaxis]).bucket) == 0
+        assert len(described(levels[np.newaxis])[0].code) == 0
         assert agreement(levels[np.newaxis], levels[np.newaxis])[0] < 0.1
 
 
@@ -240,13 +249,46 @@ def test_an_evaluation_set_may_hold_an_image_several_times(samples: Path) -> Non
 
 def test_crowded_buckets_take_time_in_proportion_to_their_size() -> None:
     count = 5_000
-    crowd = Codes(np.arange(count), np.full(count, 7, np.uint32), np.zeros(count, np.uint32))
-    with Candidates() as candidates:
-        candidates.add(crowd)
-        found = np.concatenate(list(candidates.pairs(np.arange(count, dtype=np.uint64))))
-    assert count < len(found) <= count * NEIGHBOURS
+    crowd = Codes(np.arange(count), np.full(count, 7, np.uint64))
+    with Candidates() as several:
+        several.add(crowd)
+        found = np.concatenate(list(several.pairs(np.arange(count, dtype=np.uint64))))
+    assert count // 2 < len(found) <= count * NEIGHBOURS
     assert (found[:, 0] < found[:, 1]).all()
     assert len(np.unique(found, axis=0)) == len(found)
+
+
+FORMS = 6
+
+
+@settings(max_examples=5, deadline=None)
+@given(order=st.permutations(range(2 * FORMS)), at_once=st.integers(3, 40))
+def test_what_is_found_depends_neither_on_the_order_nor_on_what_memory_holds(
+    made_up: list[np.ndarray], order: list[int], at_once: int
+) -> None:
+    """Images and their mirrored, noisy forms, with what is read, held and compared at a time changed."""
+    features = [(bytes([number]) * 16, made_up[number], str(number)) for number in order]
+    with pytest.MonkeyPatch.context() as patched, images_of(*features) as images:
+        patched.setattr(candidates, "_HELD", at_once)
+        patched.setattr(search, "_CODED_AT_ONCE", at_once)
+        patched.setattr(search, "_COMPARED_AT_ONCE", at_once)
+        patched.setattr(points, "_AT_ONCE", at_once)
+        found = near_pairs(images, quiet)
+    pairs = {tuple(sorted((order[first], order[second]))) for first, second in found}
+    assert pairs == {(number, number + FORMS) for number in range(FORMS)}
+
+
+@pytest.fixture(scope="module")
+def made_up() -> list[np.ndarray]:
+    """Pictures of FORMS smooth images, and of as many forms of them."""
+    rng = np.random.default_rng(3)
+    smooth = blurred(rng.normal(0, 1, (FORMS, 3, 32, 32)).astype(np.float32), 1.5)
+    levels = 8 + 3 * smooth / smooth.std((-1, -2), keepdims=True)
+    noisy = levels + rng.normal(0, 0.4, levels.shape)
+    # Mirrored along H, which runs down the first slab and across none but the third.
+    mirrored = np.stack([noisy[:, 0, ::-1], noisy[:, 1], noisy[:, 2, :, ::-1]], axis=1)
+    both = np.concatenate([levels, mirrored])
+    return list(np.clip(np.rint(both), 0, 15).astype(np.uint8))
 
 
 def test_many_images_without_structure_are_no_near_duplicates() -> None:

@@ -98,7 +98,7 @@ class _Plan:
         self.level, self.crop_size = level, crop_size
 
 
-@pytest.mark.parametrize("gate_open", [False, True])
+@pytest.mark.parametrize("gate_open", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_operations_of_a_tokenizer_are_those_of_its_real_step(corpus, tmp_path, gate_open):
     gan = ["loss.gan_weight=0.1", "discriminator.channels=[16,16,16]", "precision=bf16", "data.accumulate=1"]
     config = load_preset("tokenizer", "tiny", [*SMALL, *TOKENIZER, *gan])

@@ -88,6 +88,7 @@ class EngineSettings:
 
     kind = "segmentation"
     compile = False
+    wandb_project = None
     draws_noise = False
 
     @property

@@ -140,7 +140,7 @@ def _result_tables(rows: Sequence[Row]) -> list[Table]:
         ]
         head = ("start", "mode", *map(headed, metrics), "trained parameters", "seeds", "seconds a run")
         cases = sorted({result.training_cases for row in here for result in row.results.values()})
-        counted = " or ".join(map(str, cases))
+        counted = " to ".join(map(str, sorted({cases[0], cases[-1]})))
         tables.append(Table(f"{task}, {fraction:.0%} of the labels ({counted} training cases)", head, lines))
     return tables
 

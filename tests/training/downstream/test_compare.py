@@ -18,6 +18,7 @@ import yaml
 from catalog.errors import SetupError
 from tests.commands import command
 from tests.training.downstream.labelled import QUICK, write_medmnist
+from tests.training.downstream.toy import write_btcv
 from training.downstream.compare import cells_of, load_grid, run_grid
 from training.downstream.paired import compare_paired, holm, mean_and_deviation, smallest_p
 from training.downstream.report import paired_tests, rows_of, write_report
@@ -125,6 +126,41 @@ def test_tests_pair_seeds_and_name_the_difference(whole: Path, files: Path, tmp_
         ours, theirs = test.row.values(test.metric), test.baseline.values(test.metric)
         assert test.paired.pairs == 3
         assert test.paired.difference == pytest.approx(sum(ours[seed] - theirs[seed] for seed in range(3)) / 3)
+
+
+@pytest.mark.slow
+def test_a_grid_of_classes_and_segmentation(files: Path, tmp_path: Path) -> None:
+    release = write_btcv(tmp_path / "raw")
+    small = {
+        "images.crop": [8, 64, 64],
+        "images.spacing": [3, 1.5, 1.5],
+        "images.cache_dir": str(tmp_path / "cache"),
+        "steps": 2,
+        "optim.warmup_steps": 0,
+        "batch_size": 1,
+        "width": 4,
+        "inference.flips": False,
+    }
+    segmentation = {"task": "btcv", "preset": "tiny", "data": str(release), "set": small}
+    classes = {"task": "medmnist3d:nodule", "preset": "tiny", "data": str(files), "set": QUICK}
+    file = write_grid(
+        tmp_path / "grid.yaml",
+        files,
+        tasks=[classes, segmentation],
+        inits=["scratch:tiny"],
+        modes=["linear"],
+        fractions=[1.0],
+        seeds=[0],
+    )
+    grid = load_grid(file)
+    outcome = run_grid(grid, tmp_path / "out")
+    assert not outcome.failures
+    summary = write_report(grid, outcome, tmp_path / "out")
+    assert {row["task"]: set(row["metrics"]) for row in summary["rows"]}["medmnist3d:nodule"] == {"AUC", "ACC"}
+    assert {"Dice"} <= {row["task"]: set(row["metrics"]) for row in summary["rows"]}["btcv"]
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| PUMIT (paper) | 87.31 / 0.74 / 13.12 |" in text
+    assert run_grid(grid, tmp_path / "out", run=False).results == outcome.results
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from training import train_mim
 from training.config import load_preset
 from training.data import open_validation
 from training.evaluate import draw_codebook, draw_reconstructions, evaluate_tokenizer
+from training.pictures import Row
 from training.pretrained import load_tokenizer
 from training.train_tokenizer import train
 
@@ -49,7 +52,8 @@ def study(corpus: Path, run: Path, out: Path, steps: int | None) -> None:
         write_csv(batches_of(table), stream)
     (out / "tokenizer.md").write_text(_markdown(table.to_pylist()), encoding="utf-8")
     (out / "held-out.txt").write_text("\n".join(sorted(held_out.modalities)) + "\n", encoding="utf-8")
-    draw_reconstructions(evaluation, out / "reconstructions.png")
+    shown = replace(evaluation, rows=_some_of_each_kind(evaluation.rows))
+    draw_reconstructions(shown, out / "reconstructions.png")
     draw_codebook(evaluation, out / "codebook.png")
     draw_curves(run / "tensorboard", out / "curves.png", CURVES)
     print((out / "tokenizer.md").read_text(encoding="utf-8"))
@@ -103,6 +107,14 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
                 f"| {row['codes_in_use']:.0%} | {row['token_entropy']:.2f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _some_of_each_kind(rows: list[Row]) -> list[Row]:
+    """Two images of each modality and DA level."""
+    kinds: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.caption):
+        kinds[row.caption.rpartition("  ·  ")[0]].append(row)
+    return [row for of_kind in kinds.values() for row in of_kind[:2]]
 
 
 def draw_curves(events: Path, file: Path, curves: Sequence[tuple[str, str]]) -> None:

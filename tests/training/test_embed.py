@@ -229,6 +229,7 @@ work.write(folder, torch.device("cpu"), batch_size=16, workers=1)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(toy_corpus: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "vit", (1, 2, 1))
     folder = tmp_path / "out"

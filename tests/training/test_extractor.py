@@ -144,6 +144,7 @@ def test_half_precision_is_close() -> None:
     assert not torch.equal(rounded.whole.float(), exact.whole)
 
 
+@pytest.mark.slow
 def test_it_compiles_whole_for_any_spacing() -> None:
     model = backbone(depth=2)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -169,6 +169,7 @@ def test_the_papers_figures_agree_with_the_means_it_prints() -> None:
     assert paper_results("catalog") == {}
 
 
+@pytest.mark.slow
 def test_the_command(files: Path, tmp_path: Path) -> None:
     places = ["--data", str(files), "--run", str(tmp_path / "run"), "--preset", "tiny"]
     small = [part for name, value in QUICK.items() for part in ("--set", f"{name}={json.dumps(value)}")]

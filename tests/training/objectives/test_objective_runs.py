@@ -133,6 +133,7 @@ def work(rank: int, folder: Path, corpus: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one_does(gallery, runs, tmp_path):
     program = (
         "import sys; from pathlib import Path; from tests.training.objectives import test_objective_runs as t; "
@@ -169,13 +170,13 @@ def test_two_processes_learn_as_one_does(gallery, runs, tmp_path):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_run_is_a_vit_for_those_who_come_after(objective, runs, tmp_path):
-    vit = load_vit(runs[objective])
+    vit = load_vit(runs[objective]).vit
     assert isinstance(vit, UniversalViT)
     saved = weights(runs[objective])
     file = "teacher" if objective == "distillation" else "model"
     assert all(torch.equal(value, saved[f"{file}/vit.{name}"]) for name, value in vit.state_dict().items())
     export_pretrained(load_pretrained(runs[objective]), tmp_path / "export")
-    exported = load_vit(tmp_path / "export").state_dict()
+    exported = load_vit(tmp_path / "export").vit.state_dict()
     assert all(torch.equal(value, exported[name]) for name, value in vit.state_dict().items())
 
 

@@ -33,8 +33,8 @@ CURVES = (
 VIT_CURVES = (
     ("validation/loss", "loss on held-out images, nats"),
     ("validation/accuracy_top5", "their likeliest code among five"),
-    ("probe/modality/linear/mean", "modality, linear on mean token"),
-    ("probe/body_part/linear/mean", "body part, linear on mean token"),
+    ("probe/modality/linear/class_token", "modality, linear on class token"),
+    ("probe/body_part/linear/class_token", "body part, linear on class token"),
 )
 
 

@@ -147,4 +147,6 @@ def test_memory_does_not_grow_with_the_sources(
             tracemalloc.stop()
 
     small = peak(10_000)
-    assert peak(40_000) < small + (4 << 20), "30,000 more sources, of which a list would take 15 MB"
+    # Threads that earlier tests left may allocate as well, though not each time.
+    more = min(peak(40_000) for _ in range(2))
+    assert more < small + (4 << 20), "30,000 more sources, of which a list would take 15 MB"

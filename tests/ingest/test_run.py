@@ -173,6 +173,7 @@ def test_a_changed_file_replaces_its_shard(tmp_path: Path, raw: Path) -> None:
         assert (data / "shards" / before[path]).exists() == (path not in changed)
 
 
+@pytest.mark.slow
 def test_what_was_deleted_is_written_anew(prepared: Path, tmp_path: Path, samples: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(prepared, data)

@@ -218,7 +218,7 @@ def test_batches_are_those_of_the_folder(
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_who_waits_says_for_what(
     corpus: RemotePath,
     proxy: Proxy,

@@ -108,7 +108,7 @@ def test_workers_keep_the_order(toy_corpus: Path, batches: list[dict[str, Any]],
 
 
 @few_cores
-@pytest.mark.parametrize(("saved", "resumed"), [(2, 0), (0, 2)])
+@pytest.mark.parametrize(("saved", "resumed"), [pytest.param(2, 0, marks=pytest.mark.slow), (0, 2)])
 def test_the_loader_has_one_state_for_any_number_of_workers(
     toy_corpus: Path, batches: list[dict[str, Any]], saved: int, resumed: int
 ) -> None:

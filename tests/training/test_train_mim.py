@@ -98,6 +98,7 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(toy_corpus, tokenizer, whole, t
     assert_same_result(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_process_killed_with_kill_9_resumes_and_ends_the_same(toy_corpus, tokenizer, tmp_path):
     overrides = [*SMALL, f"tokenizer={tokenizer}"]
     assert train_in_process("mim", overrides, toy_corpus, tmp_path / "undisturbed") == 0

@@ -191,6 +191,7 @@ def test_data_folder_without_write_permission(tmp_path: Path, samples: Path) -> 
     one_line_error(result, "permission", str(locked))
 
 
+@pytest.mark.slow
 def test_run_folder_without_write_permission(tmp_path: Path, samples: Path) -> None:
     data = tmp_path / "data"
     run("pumit-data", "ingest", "sample", "--raw", samples.parent, "--data", data, "--only", "retina|chest")

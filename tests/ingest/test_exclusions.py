@@ -487,6 +487,7 @@ def test_no_permission(tmp_path: Path, samples: Path) -> None:
     assert good["status"] == "ingested"
 
 
+@pytest.mark.slow
 def test_images_that_exhaust_the_memory_are_lost_alone(tmp_path: Path, samples: Path) -> None:
     """A worker that dies takes neither the tasks that wait for it nor the other pictures of a pack along."""
     raw, data = tmp_path / "raw" / "samples", tmp_path / "data"

@@ -123,6 +123,7 @@ def test_every_kind_of_file_can_be_measured(kind: FileKind) -> None:
     assert 0.01 < speed.growth < 10
 
 
+@pytest.mark.slow
 def test_the_command_before_and_after_an_ingest(tmp_path: Path, samples: Path) -> None:
     raw, data = tmp_path / "raw", tmp_path / "data"
     shutil.copytree(samples / "XR", raw / "Thing")

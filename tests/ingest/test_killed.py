@@ -236,13 +236,9 @@ def kill_three(seed: int, raw: Path, data: Path, undisturbed: dict[str, str]) ->
     assert reader.reads
 
 
-def test_killed_processes_leave_no_trace(raw: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    kill_three(0, raw, tmp_path / "data", undisturbed)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(1, 18))
+@pytest.mark.parametrize("seed", range(17))
 def test_killed_at_many_moments(seed: int, raw: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
     """51 kills in all."""
     kill_three(seed, raw, tmp_path / "data", undisturbed)

@@ -187,6 +187,7 @@ def test_what_was_deleted_is_written_anew(prepared: Path, tmp_path: Path, sample
     assert published_files(data) == published_files(prepared)
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_line_and_what_was_written_stays(tmp_path: Path, samples: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -1,6 +1,6 @@
 """How well and how fast duplicates are found, on real images that are encoded again and on made-up features.
 
-    python benchmarks/duplicates.py [--quick] [--images N] [--json FILE]
+    python benchmarks/duplicates.py [--quick] [--json FILE]
     python benchmarks/duplicates.py --scale ROWS [--keep FOLDER]      # only a search in a corpus of lookalikes
 
 Recall: each image is encoded again in many ways, and the copies are looked for among the originals, as
@@ -10,7 +10,7 @@ the negatives, as are other sequences of one person, halves of one body and all 
 lies beside the checkout its larger images are used, otherwise the samples. The peer is the difference hash of
 the middle slice (64 bits, up to 10 different), over all pairs.
 
-Scaling: features of random smooth pictures, with one in ten of them planted twice.
+Scaling: a search in a corpus of lookalikes (lookalikes.py), some of which are planted twice.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813
-from lookalikes import original_of, write_lookalikes
 from PIL import Image
 
+from benchmarks.lookalikes import original_of, write_lookalikes
 from catalog.corpus import Corpus
-from catalog.duplicates.align import blurred
 from catalog.duplicates.groups import find_groups
-from catalog.duplicates.pictures import LEVELS, SLAB_SIDE, pack, unpack
+from catalog.duplicates.pictures import unpack
 from catalog.duplicates.search import Images, exact_groups, near_pairs
 from catalog.query import load_dataset
 from ingest.features import Features, features
@@ -325,40 +324,6 @@ def cost(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def scaling(count: int) -> list[dict[str, Any]]:
-    """Volumes of random smooth slabs; one in ten comes once more, with other noise."""
-    rng = np.random.default_rng(1)
-    planted = count // 10
-    with Images() as images:
-        first = 0
-        for start in range(0, count - planted, 4096):
-            number = min(4096, count - planted - start)
-            pictures = random_pictures(rng, number)
-            packed = [pack(one) for one in pictures]
-            again = max(0, min(planted - first, number))
-            noise = rng.integers(-1, 2, pictures[:again].shape)
-            packed += [pack(one) for one in np.clip(pictures[:again] + noise, 0, LEVELS - 1).astype(np.uint8)]
-            first += again
-            hashes = [rng.bytes(16) for _ in packed]
-            images.add(hashes, packed, (f"{start}-{place}" for place in range(len(packed))))
-        start_time = time.perf_counter()
-        cpu = time.process_time()
-        pairs = near_pairs(images, lambda *_: None)
-        took, cpu = time.perf_counter() - start_time, time.process_time() - cpu
-        total = len(images)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    all_pairs = total * (total - 1) / 2 * 0.004
-    print(
-        f"{total} images: {took:.0f} s, {cpu:.0f} s of CPU, peak {peak:.2f} GB, {len(pairs)} pairs",
-        file=sys.stderr,
-    )
-    return [
-        row(f"search, {total} volumes", cpu, "all pairs, at 4 ms each", all_pairs, "s of CPU", less=True),
-        row(f"search, {total} volumes: planted pairs found", len(pairs) / planted, "planted", 1.0, "share"),
-        row(f"search, {total} volumes: peak memory", peak, "their pictures", total * 1536e-9, "GB", less=True),
-    ]
-
-
 def scale(rows: int, folder: Path) -> None:
     """Search a corpus of lookalikes (lookalikes.py), and tell what it took and how many planted are found."""
     corpus = Corpus(folder)
@@ -406,12 +371,6 @@ def templates() -> list[npt.NDArray[np.uint8]]:
     return [levels for levels in found.values() if levels.any()]
 
 
-def random_pictures(rng: np.random.Generator, count: int) -> npt.NDArray[np.uint8]:
-    smooth = blurred(rng.normal(0, 1, (count, 3, SLAB_SIDE, SLAB_SIDE)).astype(np.float32), 1.5)
-    smooth = smooth / smooth.std((-1, -2), keepdims=True)
-    return np.clip(np.rint(LEVELS / 2 + 3 * smooth), 0, LEVELS - 1).astype(np.uint8)
-
-
 def row(case: str, ours: float, peer: str, theirs: float, unit: str, less: bool = False) -> dict[str, Any]:
     ours, theirs = float(ours), float(theirs)
     ratio = theirs / max(ours, 1e-9) if less or unit == "ms" else ours / max(theirs, 1e-9)
@@ -421,7 +380,6 @@ def row(case: str, ours: float, peer: str, theirs: float, unit: str, less: bool 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="samples only, few images: two minutes")
-    parser.add_argument("--images", type=int, help="images of the scaling test")
     parser.add_argument("--scale", type=int, metavar="ROWS", help="only search so many lookalikes")
     parser.add_argument("--keep", type=Path, help="write the lookalikes here, or use those that are here")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -432,7 +390,6 @@ def main() -> None:
         return
     rows = quality(options.quick)
     rows += cost(options.quick)
-    rows += scaling(options.images or (3_000 if options.quick else 50_000))
     for one in rows:
         print(f"{one['case']:60} {one['ours']:10.4g} {one['peer']:28} {one['theirs']:10.4g} {one['unit']}")
     if options.json:

@@ -22,6 +22,7 @@ from training.data import open_data
 from training.flops import StepCounter, crop_tokens, mim_counter, without_data
 from training.loader import RawBatch, read_batch
 from training.models import build_mim, build_tokenizer
+from training.objectives import tokens as tokens_objective
 from training.objectives.tokens import recipe_for
 from training.run import Run
 from training.speed import GraphWatch, Speed, StepWork, peak_flops, peak_of
@@ -165,8 +166,8 @@ def test_a_graph_that_a_known_kind_of_step_needs_is_late():
 def test_a_compiled_run_compiles_nothing_once_each_level_was_seen(corpus, tokenizer, tmp_path, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(train_mim, "find_pretrained", lambda place: _weights_file(tmp_path))
-    monkeypatch.setattr(train_mim, "load_tokenizer", lambda place: tokenizer)
+    monkeypatch.setattr(tokens_objective, "find_pretrained", lambda place: _weights_file(tmp_path))
+    monkeypatch.setattr(tokens_objective, "load_tokenizer", lambda place: tokenizer)
     config = load_preset(
         "mim", "tiny", [*SMALL, *VIT, "compile=true", "data.batch_size=3", "data.accumulate=2"]
     )

@@ -1,7 +1,8 @@
 """What the tokenizer learns from some fifty real images, and what its parts contribute to that.
 
     python benchmarks/learn.py tokenizer --images FOLDER --work FOLDER [--steps N]
-    python benchmarks/learn.py ablation --images FOLDER --work FOLDER [--steps N] [--seeds N]
+    python benchmarks/learn.py vit --images FOLDER --work FOLDER [--steps N]
+    python benchmarks/learn.py ablation --images FOLDER --work FOLDER [--minutes N] [--seeds N]
 
 - `tokenizer`: trains preset `small`, measures it on the held-out subjects beside patches painted in their mean
   colour, and draws its curves.
@@ -37,7 +38,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="corpus and runs; a second call goes on there")
     parser.add_argument("--out", type=Path, help="default: results/ in --work")
-    parser.add_argument("--steps", type=int, help="default: as preset small; ablation: 1,200")
+    parser.add_argument("--steps", type=int, help="default: as the preset")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of CPU for each run of the ablation")
     parser.add_argument("--seeds", type=int, default=3, help="of every arm of the ablation")
     options = parser.parse_args()
     corpus = build(options.images, options.work)
@@ -49,7 +51,7 @@ def main() -> None:
         vit_study(corpus, options.work / "small", options.work / "vit", out, options.steps)
     else:
         runs = options.work / "ablation"
-        run_arms(corpus, runs, steps=options.steps or 1200, seeds=range(1, options.seeds + 1))
+        run_arms(corpus, runs, minutes=options.minutes, seeds=range(1, options.seeds + 1))
         write_arms(runs, out)
 
 

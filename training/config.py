@@ -179,8 +179,10 @@ class TokenizerModelConfig(_Section):
     """Length of a codebook entry."""
     channels: tuple[OfGroups8, OfGroups8, OfGroups8]
     """Channels after the strides 4, 2 and 2 of the encoder; the decoder has the same in reverse."""
-    output_merge: Literal["sum", "mean"]
-    """Merging of depth taps in the last layer: sum as in the paper, mean for one scale at all DA levels."""
+    depth_merge: Literal["sum", "mean"]
+    """Merging of depth taps in the decoder: sum as in the paper, mean for one scale at all DA levels."""
+    initial: Literal["random", "linear"]
+    """Weights of the first step: random, or those of a linear autoencoder (training.linear_start)."""
 
     @model_validator(mode="after")
     def _compares(self) -> TokenizerModelConfig:
@@ -189,6 +191,13 @@ class TokenizerModelConfig(_Section):
                 f"quantizer nearest compares features with codes: the last of channels, {self.channels[-1]}, "
                 f"must equal embedding_dim {self.embedding_dim}"
             )
+        if self.initial == "linear":
+            if self.quantizer == "nearest":
+                raise ValueError("initial linear is for the quantizers soft and gumbel, not for nearest")
+            if any(width % 16 or width < 32 for width in self.channels):
+                raise ValueError(
+                    f"initial linear needs channels in multiples of 16 from 32 on, got {self.channels}"
+                )
         return self
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from training.config import MimRunConfig, TokenizerModelConfig
+from training.linear_start import start_linear
 from training.mim import MaskedImageModel, MIMConfig
-from training.tokenizer import Tokenizer, TokenizerConfig
+from training.tokenizer import NORM_GROUPS, Tokenizer, TokenizerConfig
 from training.vit import ViTConfig
 
 
 def build_tokenizer(model: TokenizerModelConfig) -> Tokenizer:
     """A new tokenizer of the configured size."""
-    return Tokenizer(
+    tokenizer = Tokenizer(
         TokenizerConfig(
             quantizer=model.quantizer,
             codebook_size=model.codebook_size,
@@ -18,9 +19,12 @@ def build_tokenizer(model: TokenizerModelConfig) -> Tokenizer:
             feature_channels=model.channels[-1],
             encoder_channels=model.channels,
             decoder_channels=model.channels[::-1],
-            output_merge=model.output_merge,
+            depth_merge=model.depth_merge,
         )
     )
+    if model.initial == "linear":
+        start_linear(tokenizer, NORM_GROUPS)
+    return tokenizer
 
 
 def vit_config(config: MimRunConfig) -> ViTConfig:

@@ -51,10 +51,10 @@ class TokenizerConfig(BaseModel):
     """Channels going into each decoder stage; the last stage ends at the image's three."""
     decoder_strides: tuple[int, ...] = (2, 2, 4)
     """In-plane stride of each decoder stage, powers of two."""
-    output_merge: DepthMerge = "sum"
-    """Merging of depth taps in the decoder's last layer, the one without a norm behind it. By the paper's
-    "sum" the image of level 2 and above comes out about 4 times as large as that of level 0, which a short
-    training does not level out; "mean" gives all levels one scale. Weights are of use only as trained."""
+    depth_merge: DepthMerge = "sum"
+    """Merging of depth taps in the decoder. By the paper's "sum" what comes out at level 2 and above is about 4
+    times as large as at level 0, which a short training does not level out behind the last layer, where no
+    norm is; "mean" gives all levels one scale. Weights are of use only as trained."""
 
     @property
     def stride(self) -> int:
@@ -131,9 +131,9 @@ class Tokenizer(nn.Module):
             ]
         )
         for (before, after), stride in zip(pairwise(widths), config.decoder_strides[:-1], strict=True):
-            self.decoder.append(_Up(before, after, stride))
-        stride, merge = config.decoder_strides[-1], config.output_merge
-        self.decoder.append(SACTransposedConv3d(widths[-1], IMAGE_CHANNELS, stride, merge=merge))
+            self.decoder.append(_Up(before, after, stride, config.depth_merge))
+        stride = config.decoder_strides[-1]
+        self.decoder.append(SACTransposedConv3d(widths[-1], IMAGE_CHANNELS, stride, merge=config.depth_merge))
 
     def features(self, x_BCDHW: Tensor, level: int) -> Tensor:
         """What the quantizer reads, (B, feature_channels, d, h, w), of images (B, 3, D, H, W) in [-1, 1].
@@ -230,9 +230,9 @@ class _Down(nn.Module):
 class _Up(nn.Module):
     """Transposed convolution with kernel = stride, then a 3 x 3 x 3 block."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, merge: DepthMerge) -> None:
         super().__init__()
-        self.up = SACTransposedConv3d(in_channels, out_channels, stride)
+        self.up = SACTransposedConv3d(in_channels, out_channels, stride, merge=merge)
         self.block = SACConvBlock(out_channels, out_channels, groups=NORM_GROUPS)
 
     def forward(self, x_BCDHW: Tensor, state: SpatialState) -> tuple[Tensor, SpatialState]:

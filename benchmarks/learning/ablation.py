@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import time
@@ -30,33 +31,37 @@ HELD_OUT = 24
 """Images to measure on."""
 CROP = CropGeometry(tokens_z=2, tokens_x=4)
 """Small, to take many steps; trained and measured on."""
-PROBED_STEPS = 40
+PROBED_STEPS = 60
 """Steps that tell what one costs."""
+RANDOM = (
+    *("model.initial=random", "loss.diversity_weight=0.01", "loss.sharpness_weight=0"),
+    *("optim.peak_lr=1.0e-3", "optim.min_lr=1.0e-5", "optim.betas=[0.9,0.95]"),
+)
+"""The paper's start, with what it needs to learn in so short a time."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train; `same_time_as` names the arm whose CPU time it may use, instead of its steps."""
+    """One way to train."""
 
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = RANDOM
     build: Callable[[TokenizerModelConfig], Tokenizer] = build_tokenizer
-    same_time_as: str | None = None
 
 
 ARMS = {
     "soft": Arm(),
-    "Gumbel": Arm(("model.quantizer=gumbel",)),
+    "Gumbel": Arm((*RANDOM, "model.quantizer=gumbel")),
     # Compares features with codes, so both have one size.
-    "nearest": Arm(("model.quantizer=nearest", "model.embedding_dim=192")),
-    "soft, no prior": Arm(("loss.diversity_weight=0", "loss.sharpness_weight=0")),
-    "soft, prior of the paper": Arm(("loss.diversity_weight=0.03", "loss.sharpness_weight=1")),
-    "volumes: SAC": Arm((f"data.mix={VOLUMES}",)),
-    "volumes: plain, isotropic": Arm((f"data.mix={VOLUMES}",), PlainTokenizer.build, "volumes: SAC"),
+    "nearest": Arm((*RANDOM, "model.quantizer=nearest", "model.embedding_dim=192")),
+    "soft, no prior": Arm((*RANDOM, "loss.diversity_weight=0")),
+    "volumes: SAC": Arm((*RANDOM, f"data.mix={VOLUMES}")),
+    "volumes: plain, isotropic": Arm((*RANDOM, f"data.mix={VOLUMES}"), PlainTokenizer.build),
+    "soft, linear start": Arm(()),
 }
 
 
-def run_arms(corpus: Path, runs: Path, *, steps: int, seeds: Iterable[int]) -> None:
-    """Train every arm with every seed; a file RUN.json in `runs` says that one is done."""
+def run_arms(corpus: Path, runs: Path, *, minutes: float, seeds: Iterable[int]) -> None:
+    """Train every arm with every seed for so many CPU minutes; a file RUN.json says that one is done."""
     runs.mkdir(exist_ok=True)
     mix = corpus / "mixes" / f"{VOLUMES}.yaml"
     if not mix.exists():
@@ -66,16 +71,15 @@ def run_arms(corpus: Path, runs: Path, *, steps: int, seeds: Iterable[int]) -> N
         for name, arm in ARMS.items():
             file = runs / f"{name.replace(': ', '-').replace(', ', '-').replace(' ', '_')}-{seed}.json"
             if not file.exists():
-                result = _run(name, arm, corpus, runs, steps, seed)
+                result = _run(name, arm, corpus, runs, minutes, seed)
                 file.write_text(json.dumps(result, indent=1), encoding="utf-8")
                 print(json.dumps({key: result[key] for key in ("arm", "seed", "steps", "cpu_seconds", "all")}))
 
 
-def _run(name: str, arm: Arm, corpus: Path, runs: Path, steps: int, seed: int) -> dict[str, Any]:
-    if arm.same_time_as is not None:
-        theirs = next(one for one in _results(runs) if (one["arm"], one["seed"]) == (arm.same_time_as, seed))
-        probe = _train(arm, corpus, runs / f"probe-{seed}", PROBED_STEPS, seed)
-        steps = round(PROBED_STEPS * theirs["cpu_seconds"] / probe)
+def _run(name: str, arm: Arm, corpus: Path, runs: Path, minutes: float, seed: int) -> dict[str, Any]:
+    probed = _train(arm, corpus, runs / "probe", PROBED_STEPS, seed)
+    shutil.rmtree(runs / "probe")
+    steps = round(PROBED_STEPS * 60 * minutes / probed)
     folder = runs / f"{list(ARMS).index(name)}-{seed}"
     seconds = _train(arm, corpus, folder, steps, seed)
     trained = load_tokenizer(folder)
@@ -105,11 +109,13 @@ def _train(arm: Arm, corpus: Path, folder: Path, steps: int, seed: int) -> float
         "data.batch_size=8",
         f"seed={seed}",
         f"steps={steps}",
-        f"optim.warmup_steps={min(100, steps // 4)}",
+        f"optim.warmup_steps={min(400, steps // 4)}",
         f"intervals.validate_every_steps={steps}",
         f"intervals.save_every_steps={steps}",
         "validation_images=1",
     ]
+    # What an interrupted call left.
+    shutil.rmtree(folder, ignore_errors=True)
     config = load_preset("tokenizer", "small", settings)
     began = time.process_time()
     train(config, corpus, folder, resume=False, make=arm.build)

@@ -20,7 +20,10 @@ class PlainTokenizer(Tokenizer):
 
     @classmethod
     def build(cls, model: TokenizerModelConfig) -> PlainTokenizer:
-        return cls(build_tokenizer(model).config)
+        start = build_tokenizer(model)
+        plain = cls(start.config)
+        plain.load_state_dict(start.state_dict())
+        return plain
 
     def forward(self, x_BCDHW: Tensor, level: int) -> TokenizerOutput:
         slices = 1 << level

@@ -7,7 +7,8 @@
 - `tokenizer`: trains preset `small`, measures it on the held-out subjects beside patches painted in their mean
   colour, and draws its curves.
 - `vit`: trains the ViT of preset `tiny` on that tokenizer, and compares its loss with that of the best constant
-  prediction, and what classifiers learn from its features with what they learn from pixels.
+  prediction, and what classifiers learn from its features with what they learn from those of the untrained
+  network and from pixels: on the held-out subjects, and on many draws of subjects.
 - `ablation`: short trainings that differ in one thing (benchmarks/learning/ablation.py), one seed after the
   other, so that all arms have some seeds whenever it is stopped. What is done is not done again.
 
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.learning.ablation import run_arms, write_arms
 from benchmarks.learning.corpus import build
 from benchmarks.learning.study import study, vit_study
+from benchmarks.learning.worth import frozen_features
 
 
 def main() -> None:
@@ -49,6 +51,7 @@ def main() -> None:
         study(corpus, options.work / "small", out, options.steps)
     elif options.part == "vit":
         vit_study(corpus, options.work / "small", options.work / "vit", out, options.steps)
+        frozen_features(corpus, options.work / "vit", options.work / "frozen-features", out)
     else:
         runs = options.work / "ablation"
         run_arms(corpus, runs, minutes=options.minutes, seeds=range(1, options.seeds + 1))

@@ -17,9 +17,11 @@ from catalog.output import batches_of, write_csv
 from training import train_mim
 from training.config import load_preset
 from training.data import open_validation
-from training.evaluate import draw_codebook, draw_reconstructions, evaluate_tokenizer
+from training.evaluate import Evaluation, draw_codebook, draw_reconstructions, evaluate_tokenizer
+from training.models import build_tokenizer
 from training.pictures import Row
 from training.pretrained import load_tokenizer
+from training.tokenizer import Tokenizer
 from training.train_tokenizer import train
 
 CURVES = (
@@ -43,17 +45,21 @@ VIT_CURVES = (
 
 def study(corpus: Path, run: Path, out: Path, steps: int | None) -> None:
     """Train preset `small` in `run`, unless that is done, and write table, pictures and curves to `out`."""
+    config = load_preset("tokenizer", "small", [f"steps={steps}"] if steps else [])
     if not (run / "summary.json").exists():
-        settings = [f"steps={steps}"] if steps else []
-        train(load_preset("tokenizer", "small", settings), corpus, run, resume=run.exists())
+        train(config, corpus, run, resume=run.exists())
     held_out = open_validation(corpus, HELD_OUT)
-    evaluation = evaluate_tokenizer(
-        load_tokenizer(run), held_out.batches, held_out.modalities, torch.device("cpu")
-    )
+
+    def measured(tokenizer: Tokenizer) -> Evaluation:
+        return evaluate_tokenizer(tokenizer, held_out.batches, held_out.modalities, torch.device("cpu"))
+
+    torch.manual_seed(config.seed)
+    start = measured(build_tokenizer(config.model)).table()
+    evaluation = measured(load_tokenizer(run))
     table = evaluation.table()
     with (out / "tokenizer.csv").open("wb") as stream:
         write_csv(batches_of(table), stream)
-    (out / "tokenizer.md").write_text(_markdown(table.to_pylist()), encoding="utf-8")
+    (out / "tokenizer.md").write_text(_markdown(table.to_pylist(), start["psnr"].to_pylist()), encoding="utf-8")
     (out / "held-out.txt").write_text("\n".join(sorted(held_out.modalities)) + "\n", encoding="utf-8")
     shown = replace(evaluation, rows=_some_of_each_kind(evaluation.rows))
     draw_reconstructions(shown, out / "reconstructions.png")
@@ -96,17 +102,16 @@ def vit_study(corpus: Path, tokenizer: Path, run: Path, out: Path, steps: int | 
     print("\n".join(lines))
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| modality | images | PSNR, dB | of patch means | gain | SSIM | codes in use | token entropy |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
+def _markdown(rows: list[dict[str, Any]], psnr_at_start: list[float]) -> str:
+    head = ("modality", "images", "PSNR, dB", "before training", "of patch means", "gain", "SSIM")
+    head = (*head, "codes in use", "token entropy")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row, start in zip(rows, psnr_at_start, strict=True):
         if row["da_level"] is None:
             gain = row["psnr"] - row["psnr_patch_means"]
             lines.append(
                 f"| {row['modality'] or 'all'} | {row['images']} | {row['psnr']:.2f} "
-                f"| {row['psnr_patch_means']:.2f} | {gain:+.2f} | {row['ssim']:.3f} "
+                f"| {start:.2f} | {row['psnr_patch_means']:.2f} | {gain:+.2f} | {row['ssim']:.3f} "
                 f"| {row['codes_in_use']:.0%} | {row['token_entropy']:.2f} |"
             )
     return "\n".join(lines) + "\n"

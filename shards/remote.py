@@ -40,7 +40,7 @@ _ARRAYS_AT_ONCE = 64
 """At 50 ms, each first waiting for its index: 600 boxes of as many arrays a second."""
 _CALLS_AT_ONCE = 32
 _REQUESTS_OF_A_CALL = 8
-"""A thread for each request took a quarter more CPU. The two together bound the connections of a process."""
+"""A thread for each request took two fifths more CPU. The two together bound the connections of a process."""
 _BYTES_OF_A_CALL = 2 << 20
 """One chunk may be larger. Times the number of calls: what is in memory at most, and not yet decoded."""
 _INDEX_MEMORY = 16 << 20

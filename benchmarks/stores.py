@@ -15,12 +15,10 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from benchmarks.server.slow_store import serving
 from catalog.store import RETRIES, RemotePath
 from shards.cache import CacheConfig
 from shards.chunks import Wanted
@@ -62,20 +61,6 @@ def batches(count: int) -> list[list[Wanted]]:
         return Wanted(f"synthetic/{draw.integers(VOLUMES)}.zarr", SHAPE, "int16", None, (z, y, x))
 
     return [[box() for _ in range(BATCH)] for _ in range(count)]
-
-
-@contextmanager
-def store(folder: Path, latency_ms: float) -> Iterator[None]:
-    command = [sys.executable, str(Path(__file__).parent / "server" / "slow_store.py"), str(folder)]
-    process = subprocess.Popen(
-        [*command, "--latency-ms", str(latency_ms)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def read_folder(shards: Path, work: list[list[Wanted]]) -> None:
@@ -147,8 +132,8 @@ def timed(run: Callable[[], None], boxes: int) -> Times:
     return 1e3 * (time.perf_counter() - wall) / boxes, 1e3 * (time.process_time() - cpu) / boxes
 
 
-def measured(shards: Path, latency_ms: float, work: list[list[Wanted]], rounds: int) -> dict[str, Times]:
-    root = RemotePath("s3", "benchmark", "shards")
+def measured(shards: Path, latency_ms: int, work: list[list[Wanted]], rounds: int) -> dict[str, Times]:
+    root = RemotePath("s3", f"after-{latency_ms}-ms", "shards")
     boxes = sum(map(len, work))
     warm = CacheConfig(folder=shards.parent / "cache", limit_bytes=10 << 30)
     cold = CacheConfig(folder=shards.parent / "cold", limit_bytes=10 << 30)
@@ -188,12 +173,12 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     work = batches(3 if options.quick else 6)
-    with tempfile.TemporaryDirectory(prefix="pumit-streaming-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pumit-streaming-") as folder, serving(Path(folder)) as url:
+        os.environ["AWS_ENDPOINT_URL"] = url
         shards = Path(folder) / "shards"
         write_volumes(shards)
         for latency in (0, 20, 50):
-            with store(Path(folder), latency):
-                found = measured(shards, latency, work, 1 if options.quick else 3)
+            found = measured(shards, latency, work, 1 if options.quick else 3)
             for name, (wall, cpu) in found.items():
                 print(f"{latency:3d} ms  {name:34s} {wall:7.2f} ms a box, CPU {cpu:6.2f} ms", flush=True)
             ours = found["store"][0]

@@ -36,7 +36,7 @@ _BLOCK = 8 << 20
 """Bytes of one request, down or up: small enough to come through a slow line before it counts as stalled."""
 _UPLOADS_AT_ONCE = 4
 _NAMES_AT_ONCE = 1000
-_GAP = 1 << 17
+GAP = 1 << 17
 """Bytes between two wanted ranges that are read along, for another request takes longer."""
 
 
@@ -180,16 +180,17 @@ class RemotePath:
 
         return self._asked(get)
 
-    def ranges(self, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
-        """Parts of the object, asked for at the same time; FileNotFoundError if there is no such object.
+    def ranges(self, starts: Sequence[int], stops: Sequence[int]) -> list[memoryview]:
+        """Parts of the object, asked for ten at a time; FileNotFoundError if there is no such object.
 
-        Neighbours come in one answer. They are of one version only if the object is never replaced.
+        Parts with no more than `GAP` bytes between them come in one answer, of which they are views. They are
+        of one version only if the object is never replaced.
         """
         obstore = _library()
 
-        def get(client: Any) -> list[bytes]:
-            parts = obstore.get_ranges(client, self.key, starts=starts, ends=stops, coalesce=_GAP)
-            return [part.to_bytes() for part in parts]
+        def get(client: Any) -> list[memoryview]:
+            parts = obstore.get_ranges(client, self.key, starts=starts, ends=stops, coalesce=GAP)
+            return [memoryview(part) for part in parts]
 
         return self._asked(get)
 

@@ -187,7 +187,7 @@ class CachedShard:
             return found, False
         return None, bool(found.strip(b"\0"))
 
-    def keep(self, start: int, content: bytes) -> None:
+    def keep(self, start: int, content: bytes | memoryview) -> None:
         """Store a chunk, or the index, at its place of the shard."""
         if not self._cache.writing:
             return

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -39,6 +39,8 @@ from training.watch import NOTICE_SECONDS, Watch
 _ALIGNMENT = 16  # bytes: any stored dtype may start at a multiple of it
 _BATCHES_AHEAD = 2
 """Of a store, so many batches are under way beside the one that is put together: they hide its latency."""
+_CROPS_UNDER_WAY, _BYTES_UNDER_WAY = 64, 64 << 20
+"""Small batches of small crops, which are read faster than a store answers: more of them, up to either."""
 BATCHES_WAITING = 2
 """At most, of each worker: read, and not yet taken."""
 _READ_AT_ONCE = 8
@@ -146,6 +148,15 @@ class _Reading:
         else:
             self._boxes = _side_by_side(reader, wanted, into)
 
+    @property
+    def crops(self) -> int:
+        return len(self._plan.samples)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the boxes, decoded."""
+        return len(self._buffer)
+
     def cancel(self) -> None:
         for one in self._coming:
             one.cancel()
@@ -168,6 +179,12 @@ class _Reading:
             blocked_seconds=wall if self._coming else max(wall - cpu, 0.0),
         )
         return RawBatch(self._plan, self._buffer, work)
+
+
+def _has_room(under_way: Collection[_Reading]) -> bool:
+    """Whether one more batch of a store should be asked for."""
+    crops, size = sum(one.crops for one in under_way), sum(one.size for one in under_way)
+    return len(under_way) <= _BATCHES_AHEAD or (crops < _CROPS_UNDER_WAY and size < _BYTES_UNDER_WAY)
 
 
 class BatchLoader:
@@ -308,8 +325,11 @@ def read_steps(
     try:
         with Watch(f"rank {rank}" + (f", worker {worker.id}" if worker else ""), notice_seconds) as watch:
             while True:
-                free = (_BATCHES_AHEAD if remote else 0) + 1 - len(under_way)
-                under_way.extend(begin(step) for step in itertools.islice(coming, free))
+                while not under_way or (remote and _has_room(under_way)):
+                    step = next(coming, None)
+                    if step is None:
+                        break
+                    under_way.append(begin(step))
                 if not under_way:
                     return
                 batch = under_way.popleft().finish(watch)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import training.loader
 from catalog.errors import SetupError
 from catalog.query import load_catalog
 from catalog.remote import open_corpus
@@ -215,6 +216,26 @@ def test_batches_are_those_of_the_folder(
     assert work.cache_hits > 0
     assert work.cache_misses == work.received_bytes == 0
     assert work.decode_seconds > 0
+
+
+def test_small_batches_are_asked_for_further_ahead_while_they_fit(
+    corpus: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, planned = BatchPlanner.plan, []
+
+    def noted(planner: BatchPlanner, step: int, *rank: int) -> Any:
+        planned.append(step)
+        return plan(planner, step, *rank)
+
+    def begun_for_the_first(place: Any) -> list[int]:
+        planned.clear()
+        next(iter(batches(place, 40)))
+        return planned.copy()
+
+    monkeypatch.setattr(BatchPlanner, "plan", noted)
+    assert begun_for_the_first(corpus) == [*range(11)], "of 6 crops each: 66"
+    monkeypatch.setattr(training.loader, "_BYTES_UNDER_WAY", 1)
+    assert begun_for_the_first(corpus) == [0, 1, 2]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -69,11 +69,11 @@ def study(corpus: Path, run: Path, out: Path, steps: int | None) -> None:
 
 
 def vit_study(corpus: Path, tokenizer: Path, run: Path, out: Path, steps: int | None) -> None:
-    """Train the ViT of preset `tiny` on the tokens of `tokenizer`; probe what it knows of held-out subjects."""
+    """Train the ViT of preset `small` on the tokens of `tokenizer`; probe what it knows of held-out subjects."""
     if not (run / "summary.json").exists():
         longer = [f"steps={steps}", f"intervals.probe_every_steps={max(steps // 8, 1)}"] if steps else []
         settings = [f"tokenizer={json.dumps(str(tokenizer))}", *longer]
-        train_mim.train(load_preset("mim", "tiny", settings), corpus, run, resume=run.exists())
+        train_mim.train(load_preset("mim", "small", settings), corpus, run, resume=run.exists())
     measured = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     loss, unigram, least = (
         measured[f"validation/{name}"] for name in ("loss", "unigram_loss", "target_entropy")

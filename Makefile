@@ -60,7 +60,7 @@ test-slow: $(STAMP)  ## what takes longer (under 40 minutes on 2 cores)
 
 bench: $(STAMP)  ## run the benchmarks against their peers; figures go to build/benchmarks/
 	@mkdir -p build/benchmarks
-	@for script in benchmarks/*.py; do \
+	@for script in $$(grep -l '"--json"' benchmarks/*.py); do \
 	  $(BIN)/python $$script --json build/benchmarks/$$(basename $$script .py).json || exit 1; done
 
 clean:  ## remove the environment, caches and what the demo made

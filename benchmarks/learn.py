@@ -6,9 +6,9 @@
 
 - `tokenizer`: trains preset `small`, measures it on the held-out subjects beside patches painted in their mean
   colour, and draws its curves.
-- `vit`: trains the ViT of preset `small` on that tokenizer, and compares its loss with that of the best constant
-  prediction, and what classifiers learn from its features with what they learn from those of the untrained
-  network and from pixels: on the held-out subjects, and on many draws of subjects.
+- `vit`: trains the ViT of preset `small` on that tokenizer, and compares its loss with that of the best
+  constant prediction, and what classifiers learn from its features with what they learn from those of the
+  untrained network and from pixels: on the held-out subjects, and on many draws of subjects.
 - `ablation`: short trainings that differ in one thing (benchmarks/learning/ablation.py), one seed after the
   other, so that all arms have some seeds whenever it is stopped. What is done is not done again.
 

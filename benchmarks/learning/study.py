@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -69,7 +68,7 @@ def study(corpus: Path, run: Path, out: Path, steps: int | None) -> None:
 
 
 def vit_study(corpus: Path, tokenizer: Path, run: Path, out: Path, steps: int | None) -> None:
-    """Train the ViT of preset `small` on the tokens of `tokenizer`; probe what it knows of held-out subjects."""
+    """Train the ViT of preset `small` on the tokens of `tokenizer`; compare its loss with what bounds it."""
     if not (run / "summary.json").exists():
         longer = [f"steps={steps}", f"intervals.probe_every_steps={max(steps // 8, 1)}"] if steps else []
         settings = [f"tokenizer={json.dumps(str(tokenizer))}", *longer]
@@ -84,19 +83,7 @@ def vit_study(corpus: Path, tokenizer: Path, run: Path, out: Path, steps: int | 
         f"| best prediction that is the same everywhere | {unigram:.3f} |",
         f"| ViT | {loss:.3f} |",
         f"| entropy of the tokens: nothing can be below | {least:.3f} |",
-        "",
-        "| mean recall on held-out subjects | grey pixels | untrained ViT | trained ViT |",
-        "|---|---|---|---|",
     ]
-    for column, method in itertools.product(("modality", "body_part"), ("knn", "linear")):
-        cells = []
-        for source in ("probe_pixels", "probe_untrained", "probe"):
-            prefix = f"{source}/{column}/{method}/"
-            found = [
-                (name.removeprefix(prefix), measured[name]) for name in measured if name.startswith(prefix)
-            ]
-            cells.append(", ".join(f"{value:.2f} ({features})" for features, value in found))
-        lines.append(f"| {column.replace('_', ' ')}, {method} | {' | '.join(cells)} |")
     (out / "vit.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw_curves(run / "tensorboard", out / "vit-curves.png", VIT_CURVES)
     print("\n".join(lines))

@@ -39,7 +39,9 @@ _PARTS = 128
 _HELD = 1 << 22
 _SURE, _POINTS = 3, 2
 """A pair is worth it if the rests of two codes differ in _SURE signs less than they may, or _POINTS points meet
-whose mirror images belong together."""
+whose mirror images belong together, ..."""
+_MOST = 8
+"""... and if no more than so many pairs of its first image with later ones have more points that meet."""
 
 _CODE = np.dtype([("code", "<u8"), ("image", "<u4")])
 _MEETING = np.dtype([("a", "<u4"), ("b", "<u4"), ("spare", "u1"), ("place", "u1")])
@@ -59,6 +61,8 @@ class Candidates:
         self.crowded = 0
         """... and of these had more neighbours in their bucket than they were compared with."""
         self.meetings = 0
+        self.passed_over = 0
+        """Pairs that would have been worth it, but of whose first image _MOST others are more so."""
 
     def __enter__(self) -> Candidates:
         return self
@@ -103,7 +107,11 @@ class Candidates:
             progress("meetings", number, _PARTS)
             file = self._part("meetings", number)
             if file.exists():
-                yield _worthwhile(np.fromfile(file, _MEETING))
+                worthwhile, first = _worthwhile(np.fromfile(file, _MEETING))
+                # An evaluation set may hold many forms of one image, which do not lead to each other.
+                chosen = first if side is None else np.ones(len(worthwhile), bool)
+                self.passed_over += int(np.count_nonzero(~chosen))
+                yield worthwhile[chosen]
                 file.unlink()
 
     def _spill(self) -> None:
@@ -182,8 +190,9 @@ class Candidates:
             yield met
 
 
-def _worthwhile(meetings: npt.NDArray[np.void]) -> Numbers:
-    """Pairs (n, 2), each once and in order, of those that met in one part."""
+def _worthwhile(meetings: npt.NDArray[np.void]) -> tuple[Numbers, npt.NDArray[np.bool_]]:
+    """Pairs (n, 2), each once and in order, of those that met in one part; and which are among the _MOST best
+    of their first images."""
     key = (meetings["a"].astype(np.uint64) << np.uint64(32)) | meetings["b"]
     order = np.argsort(key, kind="stable")
     key, place = key[order], meetings["place"][order]
@@ -196,8 +205,14 @@ def _worthwhile(meetings: npt.NDArray[np.void]) -> Numbers:
     points = np.zeros(len(starts), np.int64)
     for flip in range(belongs.shape[1]):
         points = np.maximum(points, np.bincount(pair[belongs[:, flip]], minlength=len(starts)))
-    found = key[starts[(most >= _SURE) | (points >= _POINTS)]]
-    return np.stack([found >> np.uint64(32), found & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
+    chosen = (most >= _SURE) | (points >= _POINTS)
+    found = key[starts[chosen]]
+    pairs = np.stack([found >> np.uint64(32), found & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
+    ranked = np.lexsort((-most[chosen].astype(np.int64), -points[chosen], pairs[:, 0]))
+    # Ranked within their first images, which stay in order.
+    rank = np.empty(len(pairs), np.int64)
+    rank[ranked] = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0])
+    return pairs, rank < _MOST
 
 
 def _belonging() -> npt.NDArray[np.bool_]:

@@ -53,6 +53,8 @@ class Work(NamedTuple):
     """
     meetings: int
     """Two codes of one bucket that are alike in the rest as well."""
+    passed_over: int
+    """Pairs of images whose codes meet, but of which one has many other lookalikes with more codes that do."""
     candidates: int
     """Pairs of images of which all points were looked at, ..."""
     likely: int
@@ -228,7 +230,15 @@ def _likely_pairs(
                 likely.append(rows)
                 for image in rows["pair"].T:
                     np.maximum.at(best, image, rows["points"])
-    work = Work(candidates.codes, candidates.crowded, candidates.meetings, looked_at, len(likely), compared=0)
+    work = Work(
+        codes=candidates.codes,
+        crowded=candidates.crowded,
+        meetings=candidates.meetings,
+        passed_over=candidates.passed_over,
+        candidates=looked_at,
+        likely=len(likely),
+        compared=0,
+    )
     return structured, best, work
 
 

@@ -81,9 +81,10 @@ def render_leaks(told: dict[str, Any], console: Console) -> None:
 
 def _tell_crowds(told: dict[str, Any], console: Console) -> None:
     """What a search passed over."""
-    if told["work"] and told["work"]["crowded"]:
-        crowded, codes = told["work"]["crowded"], told["work"]["codes"]
+    work = told["work"] or {"crowded": 0, "passed_over": 0}
+    if work["crowded"] or work["passed_over"]:
         console.print(
-            f"{crowded:,} of {codes:,} codes were not compared with all others of their bucket, so many images "
-            "are alike in them: a near duplicate that no other code tells is not found."
+            f"So many images are alike that {work['crowded']:,} of {work['codes']:,} codes were not compared "
+            f"with all others of their bucket, and {work['passed_over']:,} pairs of images with likelier "
+            "partners not at all."
         )

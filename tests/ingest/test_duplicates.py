@@ -262,7 +262,9 @@ def test_crowded_buckets_take_time_in_proportion_to_their_size() -> None:
         several.add(crowd)
         found = np.concatenate(list(several.pairs(np.arange(count), quiet)))
     assert (several.codes, several.crowded) == (count, count - NEIGHBOURS - 1), "what is passed over is told"
-    assert count // 2 < len(found) <= count * NEIGHBOURS
+    pairs_met = len(found) + several.passed_over
+    assert count * (NEIGHBOURS - 1) < pairs_met <= count * NEIGHBOURS
+    assert np.bincount(found[:, 0]).max() == candidates._MOST
     assert (found[:, 0] < found[:, 1]).all()
     assert len(np.unique(found, axis=0)) == len(found)
 

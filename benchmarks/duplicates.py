@@ -236,7 +236,8 @@ def quality(quick: bool) -> list[dict[str, Any]]:
         )
         side = np.arange(len(everything)) >= len(known)
         near = near_pairs(images, lambda *_: None, side).pairs
-        pairs = dict(zip(map(tuple, near.images.tolist()), near.agreement.tolist(), strict=True))
+        scores = (round(score, 3) for score in near.agreement.tolist())
+        pairs = dict(zip(map(tuple, near.images.tolist()), scores, strict=True))
         exact = first_equal(images.table()["hash"])
         first, second = np.nonzero(exact[: len(known), None] == exact[len(known) :])
         pairs |= dict.fromkeys(zip(first.tolist(), (second + len(known)).tolist(), strict=True), 1.0)

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +42,11 @@ from PIL import Image
 
 from benchmarks.lookalikes import original_of, write_lookalikes
 from catalog.corpus import Corpus
+from catalog.duplicates.equal import first_equal
 from catalog.duplicates.groups import find_groups
 from catalog.duplicates.pictures import unpack
-from catalog.duplicates.search import Images, exact_groups, near_pairs
-from catalog.query import load_dataset
+from catalog.duplicates.search import Images, near_pairs
+from catalog.query import read_batches
 from ingest.features import Features, features
 from ingest.glance import as_source, glance_file, survey
 from ingest.image import Normalised, normalise
@@ -233,10 +235,12 @@ def quality(quick: bool) -> list[dict[str, Any]]:
             [original.file for original in known] + [f"copy {number}" for number in range(len(made))],
         )
         side = np.arange(len(everything)) >= len(known)
-        pairs = dict(near_pairs(images, lambda *_: None, side))
-        for group in exact_groups(images):
-            here, there = group[~side[group]].tolist(), group[side[group]].tolist()
-            pairs |= {(first, second): 1.0 for first in here for second in there}
+        near = near_pairs(images, lambda *_: None, side).pairs
+        scores = (round(score, 3) for score in near.agreement.tolist())
+        pairs = dict(zip(map(tuple, near.images.tolist()), scores, strict=True))
+        exact = first_equal(images.table()["hash"])
+        first, second = np.nonzero(exact[: len(known), None] == exact[len(known) :])
+        pairs |= dict.fromkeys(zip(first.tolist(), (second + len(known)).tolist(), strict=True), 1.0)
     hashes = [image.hash for image in everything]
     theirs = {
         (first, len(known) + second)
@@ -339,17 +343,26 @@ def scale(rows: int, folder: Path) -> None:
             told = what
             print(f"{what}: {total:,}, {time.process_time() - cpu:.0f} s of CPU", file=sys.stderr, flush=True)
 
-    found = find_groups(corpus, show)
+    found = find_groups(corpus, show, folder=folder.parent)
     took, cpu = time.perf_counter() - start, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    groups = [{(member.row["dataset"], member.row["key"]) for member in group} for group in found.groups]
-    hits = sum(original_of(key) in group for group in groups for _, key in group if original_of(key))
-    wrong = sum(len({original_of(key) or (name, key) for name, key in group}) > 1 for group in groups)
-    keys = (key for name in corpus.datasets() for key in load_dataset(corpus, name, ["key"])["key"].to_pylist())
+    hits = wrong = 0
+    names = zip(*(found.members[name].to_pylist() for name in ("group", "dataset", "key")), strict=True)
+    for _, members in groupby(names, key=lambda member: member[0]):
+        group = {(dataset, key) for _, dataset, key in members}
+        hits += sum(original_of(key) in group for _, key in group)
+        wrong += len({original_of(key) or (dataset, key) for dataset, key in group}) > 1
+    keys = (
+        key
+        for name in corpus.datasets()
+        for part in read_batches(corpus.catalog_file(name), "", ["key"])
+        for key in part["key"].to_pylist()
+    )
     planted = sum(original_of(key) is not None for key in keys)
     print(
         f"{found.images} images: {took:.0f} s, {cpu:.0f} s of CPU, peak {peak:.2f} GB, {hits} of {planted} "
-        f"planted found ({hits / planted:.4f}), {wrong} of {len(groups)} groups with others in them"
+        f"planted found ({hits / planted:.4f}), {wrong} of {found.groups} groups with others in them\n"
+        f"{found.work}"
     )
 
 

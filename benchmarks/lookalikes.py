@@ -8,7 +8,7 @@ what is fine. How much they agree was set by what different people's radiographs
 in `../shared/data` agree. Beside them are what crowds any index: blank images, and pictures with the same
 burned-in marks.
 
-A share of the images comes once more in the next dataset, in another form: flipped, cropped by up to 10 % a
+A share of the images comes once more, in a dataset of copies, in another form: flipped, cropped by up to 10 % a
 side, in another window, with other noise, or unchanged. Their keys say of which image they are.
 """
 
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,25 +75,28 @@ def write_lookalikes(folder: Path, rows: int, templates: Sequence[npt.NDArray[np
     Returns:
         Number of copies.
     """
-    corpus = Corpus(folder)
     by_kind = {count: [one for one in templates if len(one) == count] for count in (1, 3)}
     shares = np.random.default_rng(0).lognormal(0, 1, DATASETS)
     sizes = np.maximum(np.rint(rows * shares / shares.sum()).astype(int), 1)
     sizes[-1] = max(1, rows - sizes[:-1].sum())
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        kinds = [by_kind[1 if number % 2 else 3] for number in range(DATASETS)]
+        return sum(pool.map(_write_dataset, [folder] * DATASETS, range(DATASETS), sizes.tolist(), kinds))
+
+
+def _write_dataset(folder: Path, number: int, size: int, templates: Sequence[npt.NDArray[np.uint8]]) -> int:
+    """Write a dataset and that of its copies, and return how many of these there are."""
+    corpus = Corpus(folder)
+    dataset, again = f"made-up-{number:02d}", f"of-made-up-{number:02d}"
     copies: list[Copy] = []
-    planted = 0
-    for number, size in enumerate(sizes.tolist()):
-        dataset = f"made-up-{number:02d}"
-        kind = by_kind[1 if number % 2 else 3]
-        coming: list[Copy] = []
-        published = [
-            features_file(corpus, dataset, _features(dataset, number, size, kind, copies, coming)),
-            catalog_file(corpus, dataset, [_catalog(dataset, number, size, copies)]),
-        ]
-        publish(corpus, dataset, published)
-        planted += len(copies)
-        copies = coming
-    return planted
+    keys = [f"{place:09d}" for place in range(size)]
+    features = features_file(corpus, dataset, _features(dataset, number, keys, templates, copies))
+    publish(corpus, dataset, [features, catalog_file(corpus, dataset, [_catalog(dataset, number, keys)])])
+    if copies:
+        keys = [copy.of for copy in copies]
+        features = features_file(corpus, again, _features_of(again, copies))
+        publish(corpus, again, [features, catalog_file(corpus, again, [_catalog(again, number, keys)])])
+    return len(copies)
 
 
 def original_of(key: str) -> tuple[str, str] | None:
@@ -105,32 +110,34 @@ def original_of(key: str) -> tuple[str, str] | None:
 def _features(
     dataset: str,
     number: int,
-    size: int,
+    keys: Sequence[str],
     templates: Sequence[npt.NDArray[np.uint8]],
-    copies: Sequence[Copy],
-    coming: list[Copy],
+    copies: list[Copy],
 ) -> Iterator[pa.Table]:
-    """The features of a dataset; `coming` gets the copies that the next one has."""
+    """The features of a dataset; `copies` gets those of its images."""
     rng = np.random.default_rng([1, number])
     chosen = rng.choice(len(templates), _TEMPLATES, replace=False)
     own = np.stack([templates[one] for one in chosen]).astype(np.float32)
     others = np.stack(templates).astype(np.float32)
     textures = _textures(own.shape[-1])
-    for start in range(0, size, _AT_ONCE):
-        count = min(_AT_ONCE, size - start)
+    for start in range(0, len(keys), _AT_ONCE):
+        some = keys[start : start + _AT_ONCE]
+        count = len(some)
         made = _bent(rng, own[rng.integers(len(own), size=count)], others, textures)
         levels = _levels(made)
         hashes = [_digest(f"{dataset} {start + place}") for place in range(count)]
-        keys = [f"{start + place:09d}" for place in range(count)]
-        yield _table(dataset, keys, hashes, levels)
+        yield _table(dataset, some, hashes, levels)
         again = np.flatnonzero((rng.random(count) < PLANTED) & levels.any((1, 2, 3)))
         unchanged = rng.random(len(again)) < _UNCHANGED
         forms = np.where(
             unchanged[:, None, None, None], levels[again], _levels(_in_other_form(rng, made[again]))
         )
         for place, same, form in zip(again.tolist(), unchanged.tolist(), forms, strict=True):
-            key = f"of-{number:02d}-{keys[place]}"
-            coming.append(Copy(key, hashes[place] if same else _digest(key), form.astype(np.uint8)))
+            key = f"of-{number:02d}-{some[place]}"
+            copies.append(Copy(key, hashes[place] if same else _digest(key), form.astype(np.uint8)))
+
+
+def _features_of(dataset: str, copies: Sequence[Copy]) -> Iterator[pa.Table]:
     for start in range(0, len(copies), _AT_ONCE):
         some = copies[start : start + _AT_ONCE]
         keys, hashes, pictures = zip(*some, strict=True)
@@ -152,13 +159,14 @@ def _bent(rng: np.random.Generator, own: Pictures, others: Pictures, textures: P
     weight = np.repeat(rng.uniform(0, _OVERLAID, count), slabs)
     noise = textures[rng.integers(len(textures), size=count * slabs)]
     noise = noise * np.repeat(rng.uniform(*_TEXTURE, count), slabs)[:, None, None].astype(np.float32)
-    made = np.empty_like(first)
+    second = second - second.mean((1, 2), keepdims=True)
+    both = first + weight[:, None, None].astype(np.float32) * second
+    made = np.empty_like(both)
     for place in range(count * slabs):
-        flow = across[place], down[place]
-        one = cv2.remap(first[place], *flow, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-        two = cv2.remap(second[place], *flow, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-        made[place] = one + weight[place] * (two - two.mean()) + noise[place]
-    made = made.reshape(own.shape)
+        cv2.remap(
+            both[place], across[place], down[place], cv2.INTER_LINEAR, made[place], cv2.BORDER_REFLECT_101
+        )
+    made = (made + noise).reshape(own.shape)
     kind = rng.random(count)
     made[kind < _BLANK] = 0
     marked = (kind >= _BLANK) & (kind < _BLANK + _MARKED)
@@ -230,9 +238,8 @@ def _table(
     )
 
 
-def _catalog(dataset: str, number: int, size: int, copies: Sequence[Copy]) -> pa.Table:
-    rows = size + len(copies)
-    keys = [*(f"{place:09d}" for place in range(size)), *(copy.of for copy in copies)]
+def _catalog(dataset: str, number: int, keys: Sequence[str]) -> pa.Table:
+    rows = len(keys)
     flat = bool(number % 2)
 
     def whole(value: int) -> pa.Array:

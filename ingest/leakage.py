@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog.corpus import Corpus
+from catalog.duplicates.candidates import Progress
 from catalog.duplicates.groups import CorpusImages
-from catalog.duplicates.search import Images, Progress, exact_groups, near_pairs
+from catalog.duplicates.search import Images, Work, exact_pairs, near_pairs
 from catalog.errors import SetupError
 from ingest.glance import Glance, as_source, glance_file, survey
 from ingest.image import Normalised, normalise
@@ -53,6 +54,8 @@ class Leakage:
     """What could not be read or used of the evaluation set, and why."""
     leaks: list[Leak]
     """By evaluation image, then dataset and key."""
+    work: Work | None
+    """What the search for near duplicates looked at, if there was one."""
 
     def as_json(self) -> dict[str, Any]:
         """All of it, as plain dicts and lists."""
@@ -63,6 +66,7 @@ class Leakage:
             "evaluation_images_found": len({leak.evaluation for leak in self.leaks}),
             "unread": self.unread,
             "leaks": [leak.__dict__ for leak in self.leaks],
+            "work": self.work._asdict() if self.work else None,
         }
 
 
@@ -105,9 +109,16 @@ def find_leaks(corpus: Corpus, target: str, progress: Progress, *, exact_only: b
                 f"--leakage {target}: neither a file or folder, nor a dataset of the corpus ({ids})."
             )
         side = np.arange(len(images)) >= border
-        pairs = {} if exact_only else near_pairs(images, progress, side)
-        exact = {pair: 1.0 for group in exact_groups(images) for pair in _across(group, side)}
-        rows = known.rows({image for pair in (pairs | exact) for image in pair})
+        exact = dict.fromkeys(map(tuple, exact_pairs(images, side).tolist()), 1.0)
+        pairs: dict[tuple[int, ...], float] = {}
+        work = None
+        if not exact_only:
+            near, work = near_pairs(images, progress, side)
+            # float32 has no 0.93, but a number near it.
+            scores = (round(score, 3) for score in near.agreement.tolist())
+            pairs = dict(zip(map(tuple, near.images.tolist()), scores, strict=True))
+        numbers = sorted({image for pair in pairs | exact for image in pair if image not in names})
+        rows = dict(zip(numbers, known.rows(np.array(numbers, np.int64)).to_pylist(), strict=True))
         leaks = [
             Leak(
                 dataset=rows[first]["dataset"],
@@ -120,14 +131,7 @@ def find_leaks(corpus: Corpus, target: str, progress: Progress, *, exact_only: b
             for (first, second), score in (pairs | exact).items()
         ]
         leaks.sort(key=lambda leak: (leak.evaluation, leak.dataset, leak.key))
-        return Leakage(target, border, len(images) - border, unread, leaks)
-
-
-def _across(group: npt.NDArray[np.int64], side: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Each member of one side with the first of the other."""
-    here, there = group[~side[group]].tolist(), group[side[group]].tolist()
-    if here and there:
-        yield from dict.fromkeys([*((one, there[0]) for one in here), *((here[0], one) for one in there)])
+        return Leakage(target, border, len(images) - border, unread, leaks, work)
 
 
 def _evaluation(path: Path, unread: list[str]) -> Iterator[tuple[str, Normalised]]:

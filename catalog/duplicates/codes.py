@@ -24,20 +24,25 @@ picture (0 of a flat image, 1 to 3 of the slabs); then the rest; the last four b
 and whether its surroundings were mirrored down, and across."""
 NO_POINT = np.uint64(2**64 - 1)
 
+PLACES = 256
+"""Steps along a side in which the place of a point is told."""
+
 Signs = npt.NDArray[np.uint64]
 
-_POINTS = {1: 20, 3: 9}
+POINTS = {1: 20, 3: 9}
 """Points of a picture at most, by the number of pictures of the image."""
 _BLURS = (1.1, 2.2)
 _SMOOTHING = 1.2
 """Blurs are in cells of a slab; a larger picture has them in proportion."""
 _RADIUS = 0.2
 """Half the side of the surroundings, as a share of the picture."""
-_SIZES = (1.0, 1.1, 1.22)
+SIZES = (1.0, 1.1, 1.22)
 _GRID = 8
 _LEAST = 0.05
 """Response of a point, relative to the standard deviation of the picture."""
 _REFERENCE_SIDE = 32
+_MOST_ROWS = 32_000
+"""Of a picture that OpenCV reads from."""
 
 
 class Codes(NamedTuple):
@@ -48,13 +53,22 @@ class Codes(NamedTuple):
     code: Signs
 
 
-def described(pictures: Levels) -> tuple[Codes, Signs]:
-    """All codes of images, (N, 1 or 3, side, side), and their signs (N, sizes, points).
+class Points(NamedTuple):
+    """The salient points of images of one kind: those of the first picture, then of the next."""
+
+    signs: Signs
+    """(N, sizes, points): codes as above, NO_POINT where there is none."""
+    places: Levels
+    """(N, points, 2): how far down and across, PLACES to a side."""
+
+
+def described(pictures: Levels) -> tuple[Codes, Points]:
+    """All codes of images, (N, 1 or 3, side, side), and their points.
 
     A picture without structure has none.
     """
     images, count, side, _ = pictures.shape
-    signs, weakest = _signs(pictures.reshape(-1, side, side), _POINTS[count])
+    signs, weakest, places = _signs(pictures.reshape(-1, side, side), POINTS[count])
     # Flat pictures and the three slabs have nothing in common: 0, and 1 to 3.
     which = np.tile(np.arange(count, dtype=np.uint64), images) + np.uint64(count == 3)
     signs |= np.where(signs == NO_POINT, 0, which[:, None, None] << np.uint64(BUCKET_BITS))
@@ -63,39 +77,37 @@ def described(pictures: Levels) -> tuple[Codes, Signs]:
     valid = both[:1].repeat(2, 0) != NO_POINT
     image = np.broadcast_to(np.repeat(np.arange(images), count)[:, None, None], both.shape)
     each = Codes(image[valid], both[valid])
-    signs = signs.reshape(images, count, len(_SIZES), -1).swapaxes(1, 2).reshape(images, len(_SIZES), -1)
-    return each, signs
+    signs = signs.reshape(images, count, len(SIZES), -1).swapaxes(1, 2).reshape(images, len(SIZES), -1)
+    return each, Points(signs, places.reshape(images, -1, 2))
 
 
-def _signs(levels: Levels, points: int) -> tuple[Signs, Signs]:
+def _signs(levels: Levels, points: int) -> tuple[Signs, Signs, Levels]:
     """(P, side, side) to all signs but the number of the picture, and the least certain of the first:
-    (P, sizes, points)."""
+    (P, sizes, points) each; and the places (P, points, 2)."""
     pictures = levels.astype(np.float32)
     number, side, _ = pictures.shape
     unit = side / _REFERENCE_SIDE
     down, across, valid = _salient(pictures, points, unit)
     smooth = blurred(pictures, _SMOOTHING * unit)
-    places = ((np.arange(_GRID, dtype=np.float32) + 0.5) / _GRID * 2 - 1) * _RADIUS * side
-    cosines, order = _cosines(_GRID), _order()
-    odd = np.arange(_GRID) % 2 == 1
-    point = np.arange(points, dtype=np.uint64) % np.uint64(16) << np.uint64(PLACE)
-    found, uncertain = [], []
-    for size in _SIZES:
-        around = _sampled(smooth, down[..., None] + size * places, across[..., None] + size * places)
-        transformed = cosines @ around @ cosines.T
-        falls = transformed[..., 1, 0] < 0, transformed[..., 0, 1] < 0
-        # Mirrored so that both slopes rise: odd waves change their sign with the direction.
-        for fall, waves in zip(falls, (odd[:, None], odd[None, :]), strict=True):
-            transformed = np.where(waves & fall[..., None, None], -transformed, transformed)
-        ordered = transformed.reshape(number, points, -1)[..., order]
-        bits = np.zeros((number, points, 64), bool)
-        bits[..., :BUCKET_BITS] = ordered[..., :BUCKET_BITS] > 0
-        bits[..., REST : REST + REST_BITS] = ordered[..., BUCKET_BITS:] > 0
-        bits[..., MIRRORED], bits[..., MIRRORED + 1] = falls
-        packed = np.packbits(bits, axis=-1, bitorder="little").view("<u8")[..., 0]
-        found.append(np.where(valid, packed | point, NO_POINT))
-        uncertain.append(np.abs(ordered[..., :BUCKET_BITS]).argmin(-1).astype(np.uint64))
-    return np.stack(found, axis=1), np.stack(uncertain, axis=1)
+    steps = ((np.arange(_GRID, dtype=np.float32) + 0.5) / _GRID * 2 - 1) * _RADIUS * side
+    steps = np.multiply.outer(np.array(SIZES, np.float32), steps)[:, None]
+    around = _sampled(smooth, down[:, None, :, None] + steps, across[:, None, :, None] + steps)
+    waves = around.reshape(-1, _GRID**2) @ _waves()
+    falls = waves[:, :2] < 0
+    bits = np.zeros((len(waves), 64), bool)
+    ordered = waves[:, 2:]
+    bits[:, :BUCKET_BITS] = ordered[:, :BUCKET_BITS] > 0
+    bits[:, REST : REST + REST_BITS] = ordered[:, BUCKET_BITS:] > 0
+    bits[:, MIRRORED : MIRRORED + 2] = falls
+    packed = np.packbits(bits, axis=-1, bitorder="little").view("<u8")[:, 0]
+    # Mirrored so that both slopes rise: odd waves change their sign with the direction.
+    for fall, odd in zip(falls.T, _odd(), strict=True):
+        packed ^= np.where(fall, odd, np.uint64(0))
+    uncertain = np.abs(ordered[:, :BUCKET_BITS]).argmin(-1).astype(np.uint64)
+    packed, uncertain = (each.reshape(number, len(SIZES), points) for each in (packed, uncertain))
+    packed |= np.arange(points, dtype=np.uint64) % np.uint64(16) << np.uint64(PLACE)
+    places = np.rint((np.stack([down, across], axis=-1) + 0.5) * (PLACES / side)).astype(np.uint8)
+    return np.where(valid[:, None], packed, NO_POINT), uncertain, places
 
 
 def _salient(pictures: Floats, points: int, unit: float) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
@@ -131,24 +143,45 @@ def _vertex(before: Floats, here: Floats, after: Floats) -> Floats:
 
 
 def _sampled(pictures: Floats, down: Floats, across: Floats) -> Floats:
-    """Linear interpolation at all pairs of rows and columns: (P, n, g) twice to (P, n, g, g)."""
-    last = pictures.shape[-1] - 1.001
-    down, across = np.clip(down, 0, last), np.clip(across, 0, last)
-    rows, columns = down.astype(np.int64), across.astype(np.int64)
-    below, beside = (down - rows)[..., :, None], (across - columns)[..., None, :]
-    each = np.arange(len(pictures))[:, None, None, None]
-    y, x = rows[..., :, None], columns[..., None, :]
-    upper = pictures[each, y, x] * (1 - beside) + pictures[each, y, x + 1] * beside
-    lower = pictures[each, y + 1, x] * (1 - beside) + pictures[each, y + 1, x + 1] * beside
-    return np.asarray(upper * (1 - below) + lower * below)
+    """Linear interpolation at all pairs of rows and columns: (P, ..., g) twice to (P, ..., g, g)."""
+    import cv2
+
+    number, side, _ = pictures.shape
+    shape = (*down.shape, down.shape[-1])
+    last = side - 1.001
+    found = np.empty(shape, np.float32)
+    # Pictures lie under each other, no more of them at a time than OpenCV counts rows.
+    at_once = _MOST_ROWS // side
+    for start in range(0, number, at_once):
+        some = slice(start, start + at_once)
+        offset = side * np.arange(len(pictures[some]), dtype=np.float32)
+        rows = np.clip(down[some], 0, last) + offset.reshape(-1, *(1,) * (down.ndim - 1))
+        columns = np.clip(across[some], 0, last)
+        x, y = (
+            np.broadcast_to(each, (len(offset), *shape[1:])).reshape(len(offset), -1)
+            for each in (columns[..., None, :], rows[..., :, None])
+        )
+        read = cv2.remap(pictures[some].reshape(-1, side), x, y, cv2.INTER_LINEAR)
+        found[some] = read.reshape(len(offset), *shape[1:])
+    return found
 
 
 @functools.cache
-def _cosines(size: int) -> Floats:
-    """The orthonormal cosine transform (DCT-II)."""
-    waves = np.cos(np.pi * (np.arange(size) + 0.5) * np.arange(size)[:, None] / size) * np.sqrt(2 / size)
-    waves[0] /= np.sqrt(2)
-    return np.asarray(waves, np.float32)
+def _waves() -> Floats:
+    """(cells, 2 + signs): the cosine transform (DCT-II) of surroundings, the slopes first, then in order."""
+    waves = np.cos(np.pi * (np.arange(_GRID) + 0.5) * np.arange(_GRID)[:, None] / _GRID)
+    both = np.kron(waves, waves)[[_GRID, 1, *_order()]]
+    return np.ascontiguousarray(both.T / np.linalg.norm(both, axis=1), np.float32)
+
+
+@functools.cache
+def _odd() -> tuple[np.uint64, np.uint64]:
+    """The signs that change when surroundings are mirrored down, and across."""
+    bits = np.zeros((2, 64), bool)
+    for each, waves in zip(bits, np.divmod(_order(), _GRID), strict=True):
+        each[:BUCKET_BITS], each[REST : REST + REST_BITS] = np.split(waves % 2 == 1, [BUCKET_BITS])
+    down, across = np.packbits(bits, axis=-1, bitorder="little").view("<u8")[:, 0]
+    return down, across
 
 
 @functools.cache

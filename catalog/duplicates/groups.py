@@ -4,22 +4,26 @@ validation."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from catalog.corpus import Corpus
 from catalog.duplicates import missing_features
+from catalog.duplicates.candidates import Progress
+from catalog.duplicates.equal import Numbers, connected
 from catalog.duplicates.pictures import FEATURES_VERSION
-from catalog.duplicates.search import Images, Progress, exact_groups, near_pairs, united
+from catalog.duplicates.search import Images, Work, exact_pairs, near_pairs
 from catalog.errors import SetupError
 from catalog.query import dataset_ids, load_dataset, read_batches, remedy_of
-from catalog.schema import DUPLICATES_SCHEMA
+from catalog.schema import CATALOG_SCHEMA, DUPLICATES_SCHEMA
 
 Row = dict[str, Any]
 
@@ -32,45 +36,37 @@ _READ_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)
-class Member:
-    """An image in a group."""
-
-    row: Row
-    """dataset, key and what else of the catalog describes it."""
-    kind: str
-    """exact, if another of the group has the same values; else near."""
-    kept: bool
-
-
-@dataclass(frozen=True)
 class Found:
     """What a search of a corpus found."""
 
     images: int
     """Number of images that were compared."""
-    groups: list[list[Member]]
-    """In the order of their first members; members by dataset and key."""
+    members: pa.Table
+    """A row for each image in a group, by group, dataset and key: the columns of DUPLICATES_SCHEMA and what
+    else of the catalog describes it. Groups are numbered from 0, in the order of their first members."""
+    work: Work | None
+    """What the search for near duplicates looked at, if there was one."""
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return int(self.members["group"][-1].as_py()) + 1 if len(self.members) else 0
 
     @property
     def straddling(self) -> list[int]:
-        """Numbers of the groups with images both for training and for validation."""
-        splits = ({member.row["split"] for member in group} for group in self.groups)
-        return [number for number, of_group in enumerate(splits) if len(of_group) > 1]
+        """Numbers of the groups with images both for training and for validation, in order."""
+        splits = self.members.group_by("group").aggregate([("split", "count_distinct")])
+        return sorted(splits.filter(pc.greater(splits["split_count_distinct"], 1))["group"].to_pylist())
+
+    def group(self, number: int) -> list[Row]:
+        """The members of a group."""
+        numbers = self.members["group"].to_numpy()
+        start, end = (int(np.searchsorted(numbers, number, side)) for side in ("left", "right"))
+        return list(self.members.slice(start, end - start).to_pylist())
 
     def table(self) -> pa.Table:
         """Rows of DUPLICATES_SCHEMA."""
-        rows = [
-            {
-                "group": number,
-                "dataset": member.row["dataset"],
-                "key": member.row["key"],
-                "kind": member.kind,
-                "kept": member.kept,
-            }
-            for number, group in enumerate(self.groups)
-            for member in group
-        ]
-        return pa.Table.from_pylist(rows, schema=DUPLICATES_SCHEMA)
+        return self.members.select(DUPLICATES_SCHEMA.names).cast(DUPLICATES_SCHEMA)
 
 
 class CorpusImages:
@@ -86,29 +82,42 @@ class CorpusImages:
         Raises SetupError if images have no features, a file is damaged, or a dataset is not there.
         """
         for dataset in dataset_ids(corpus, datasets):
-            first = len(self._images)
+            first = done = len(self._images)
+            keys = _column([part["key"] for part in feature_batches(corpus, dataset, ["key"])])
             told = load_dataset(corpus, dataset, ["key", "source_path"])
-            sources = dict(zip(told["key"].to_pylist(), told["source_path"].to_pylist(), strict=True))
-            for part in feature_batches(corpus, dataset):
-                keys = part["key"].to_pylist()
-                named = (f"{corpus.place}\0{dataset}\0{sources[key]}" for key in keys)
+            sources = told["source_path"].take(pc.index_in(keys, told["key"]))
+            for part in feature_batches(corpus, dataset, ["voxel_hash", "pictures"]):
+                paths = sources.slice(done - first, len(part)).to_pylist()
+                named = (f"{corpus.place}\0{dataset}\0{path}" for path in paths)
                 self._images.add(part["voxel_hash"].to_pylist(), part["pictures"].to_pylist(), named)
-            self._spans.append((corpus, dataset, first, len(self._images)))
+                done += len(part)
+            self._spans.append((corpus, dataset, first, done))
 
-    def rows(self, numbers: Collection[int]) -> dict[int, Row]:
-        """What the catalog has of some images."""
-        wanted = np.array(sorted(numbers), np.int64)
-        found: dict[int, Row] = {}
+    def rows(self, numbers: Numbers) -> pa.Table:
+        """What the catalog has of images of a corpus, whose numbers are in order."""
+        found = []
         for corpus, dataset, first, last in self._spans:
-            here = wanted[(wanted >= first) & (wanted < last)]
+            here = numbers[(numbers >= first) & (numbers < last)] - first
             if not len(here):
                 continue
-            keys = pa.concat_tables(feature_batches(corpus, dataset, ["key"]))["key"]
-            chosen = keys.take(pa.array(here - first))
-            table = load_dataset(corpus, dataset, _DESCRIBED)
-            rows = table.take(pc.index_in(chosen, table["key"])).to_pylist()
-            found |= dict(zip(here.tolist(), rows, strict=True))
-        return found
+            keys, done = [], 0
+            for part in feature_batches(corpus, dataset, ["key"]):
+                begin, end = np.searchsorted(here, (done, done + len(part)))
+                keys.append(part["key"].take(here[begin:end] - done))
+                done += len(part)
+            wanted = _column(keys)
+            described = pa.concat_tables(
+                part.filter(pc.is_in(part["key"], wanted))
+                for part in read_batches(
+                    corpus.catalog_file(dataset), remedy_of(dataset), _DESCRIBED, schema=CATALOG_SCHEMA
+                )
+            )
+            found.append(described.take(pc.index_in(wanted, described["key"])))
+        return pa.concat_tables(found or [CATALOG_SCHEMA.empty_table().select(_DESCRIBED)])
+
+
+def _column(parts: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
 
 
 def feature_batches(
@@ -146,55 +155,68 @@ def find_groups(
     with Images(folder) as images:
         known = CorpusImages(images)
         known.add(corpus)
-        exact = exact_groups(images)
-        near = {} if exact_only else near_pairs(images, progress, folder=folder)
-        groups = united(exact, near)
-        twin = {image for group in exact for image in group.tolist()}
-        rows = known.rows({image for group in groups for image in group})
-        return Found(len(images), [_members(group, rows, twin) for group in groups])
+        pairs, work = exact_pairs(images), None
+        equal = np.unique(pairs)
+        if not exact_only:
+            near, work = near_pairs(images, progress, folder=folder)
+            pairs = np.concatenate([pairs, near.images])
+        members, groups = connected(pairs, len(images))
+        order = np.argsort(members)
+        rows = known.rows(members[order])
+        rows = rows.take(np.argsort(order))
+        kinds = np.where(np.isin(members, equal), "exact", "near")
+        rows = rows.append_column("group", pa.array(groups)).append_column("kind", pa.array(kinds, pa.string()))
+        return Found(len(images), rows.append_column("kept", pa.array(kept_members(rows))), work)
 
 
-def kept_member(rows: Sequence[Row]) -> int:
-    """Index of the one member of a group that stands for it.
+def kept_members(rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """Which rows stand for their groups: (n,). Rows are by group, dataset and key.
 
     One for validation if there is any: then none of the group is trained on, and the validation stays honest.
     Else the one with most voxels, of the least reduced type, and of these the first by dataset and key.
     """
-
-    def rank(index: int) -> tuple[Any, ...]:
-        row = rows[index]
-        voxels = row["shape_c"] * row["shape_d"] * row["shape_h"] * row["shape_w"]
-        finest = _FINEST.get(row["stored_dtype"], 2), -np.dtype(row["stored_dtype"]).itemsize
-        return (row["split"] != "validation", -voxels, *finest, row["dataset"], row["key"])
-
-    return min(range(len(rows)), key=rank)
+    voxels = np.prod([rows[f"shape_{axis}"].to_numpy() for axis in "cdhw"], axis=0)
+    dtypes = rows["stored_dtype"].combine_chunks().dictionary_encode()
+    names, each = dtypes.dictionary.to_pylist(), dtypes.indices.to_numpy()
+    finest = np.array([_FINEST.get(name, 2) for name in names], np.int64)[each]
+    itemsize = np.array([np.dtype(name).itemsize for name in names], np.int64)[each]
+    trained_on = pc.not_equal(rows["split"], "validation").to_numpy()
+    group = rows["group"].to_numpy()
+    order = np.lexsort((-itemsize, finest, -voxels, trained_on, group))
+    kept = np.zeros(len(rows), bool)
+    kept[order[np.unique(group[order], return_index=True)[1]]] = True
+    return kept
 
 
 def summary(found: Found) -> dict[str, Any]:
-    """Counts: images, groups by kind, superfluous images, images by pair of datasets, straddling groups.
+    """Counts: images, groups by kind, superfluous images, images by pair of datasets, straddling groups, and
+    what the search looked at (`Work`).
 
     `by_datasets` has a row for each two datasets (or one) that share groups: groups, and the images of either
     in them.
     """
     between: Counter[tuple[str, str]] = Counter()
     members: Counter[tuple[str, str]] = Counter()
-    for group in found.groups:
-        counts = Counter(member.row["dataset"] for member in group)
-        names = sorted(counts)
-        for number, first in enumerate(names):
-            for second in names[number:]:
-                if first != second or counts[first] > 1:
+    shares = found.members.group_by(["group", "dataset"]).aggregate([([], "count_all")])
+    shares = shares.sort_by([("group", "ascending"), ("dataset", "ascending")])
+    each = zip(*(shares[name].to_pylist() for name in ("group", "dataset", "count_all")), strict=True)
+    for _, of_group in groupby(each, key=lambda share: share[0]):
+        counts = [(name, count) for _, name, count in of_group]
+        for number, (first, mine) in enumerate(counts):
+            for second, theirs in counts[number:]:
+                if first != second or mine > 1:
                     between[first, second] += 1
-                    members[first, second] += counts[first] + (counts[second] if second != first else 0)
-    exact = sum(all(member.kind == "exact" for member in group) for group in found.groups)
-    in_groups = sum(map(len, found.groups))
+                    members[first, second] += mine + (theirs if second != first else 0)
+    near = found.members.filter(pc.equal(found.members["kind"], "near"))["group"]
+    with_near = len(near.unique())
+    in_groups = len(found.members)
     return {
         "images": found.images,
-        "groups": len(found.groups),
-        "groups_exact": exact,
-        "groups_with_near": len(found.groups) - exact,
+        "groups": found.groups,
+        "groups_exact": found.groups - with_near,
+        "groups_with_near": with_near,
         "in_groups": in_groups,
-        "superfluous": in_groups - len(found.groups),
+        "superfluous": in_groups - found.groups,
         "straddling": found.straddling,
         "by_datasets": [
             {
@@ -205,27 +227,16 @@ def summary(found: Found) -> dict[str, Any]:
             }
             for first, second in sorted(between)
         ],
+        "work": found.work._asdict() if found.work else None,
     }
 
 
 def as_json(found: Found) -> dict[str, Any]:
     """The summary, and all groups with what describes their members."""
-    described = ("dataset", "key", "subject", "modality", "split")
+    described = ("group", "kind", "kept", "dataset", "key", "subject", "modality", "split")
     return summary(found) | {
         "members": [
-            {"group": number, "kind": member.kind, "kept": member.kept}
-            | {name: member.row[name] for name in described}
-            | {"shape": [member.row[f"shape_{axis}"] for axis in "cdhw"]}
-            for number, group in enumerate(found.groups)
-            for member in group
+            {name: row[name] for name in described} | {"shape": [row[f"shape_{axis}"] for axis in "cdhw"]}
+            for row in found.members.to_pylist()
         ]
     }
-
-
-def _members(group: Sequence[int], rows: Mapping[int, Row], twin: Collection[int]) -> list[Member]:
-    described = [rows[image] for image in group]
-    kept = kept_member(described)
-    return [
-        Member(row, "exact" if image in twin else "near", number == kept)
-        for number, (image, row) in enumerate(zip(group, described, strict=True))
-    ]

@@ -1,114 +1,183 @@
-"""How many salient points of two images are alike, in mirror images that belong together.
+"""How many salient points of two images are alike where one placement of the images explains them all.
 
-That is a look at all signs of a pair, which costs a hundredth of laying their pictures over each other.
-
-Codes meet by the signs of one point. Lookalikes, such as the radiographs of two people, have one or two points
-that meet by chance; forms of one image have many that are alike, though few of them in every sign of a bucket.
+Codes meet by the signs of one point. Lookalikes, such as the radiographs of two people, have some points that
+are alike, but few in places that one flip, shift and scale an axis bring together; forms of one image have
+many. To compare all signs of a pair and the places of its points costs a tenth of laying the pictures over each
+other, and tells how these are to be laid.
 """
 
 from __future__ import annotations
 
 import itertools
-import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from catalog.duplicates.align import PLANES
-from catalog.duplicates.codes import MIRRORED, NO_POINT, PLACE, Signs
-from catalog.duplicates.pictures import PACKED_BYTES
+from catalog.duplicates.align import MOST_SCALE, MOST_SHIFT, PLANES, Placement
+from catalog.duplicates.codes import MIRRORED, NO_POINT, PLACE, PLACES, POINTS, SIZES, Points
+from catalog.duplicates.rows import RowFile
 
-_ALIKE = {1: (11, 4), 3: (12, 4)}
-"""By the number of pictures: signs of two points that may differ, of 56, and points that must be alike."""
+_DIFFERENT = {1: 11, 3: 12}
+"""By the number of pictures: signs of two points that may differ, of 56."""
+_ENOUGH = 4
+"""Points that must be alike, ..."""
 _FEW = 0.5
-"""Of an image with few points this share is enough, ..."""
+"""... of an image with few points this share of them, ..."""
 _FEWEST = 2
 """... but no fewer than so many."""
+_BESIDE = 0.03
+"""A point is where the placement tells if it is at most this share of a side away."""
+_TRUST = (0.1, 0.05, 0.03, 0.02)
+"""Shares of a side at which a point has a fourth of its weight, in one estimate of the placement after another.
+"""
+_STIFF = 1e-3
+"""So much variance of places speaks for a scale of 1."""
 _MANY, _BEHIND = 8, 1
 """From so many points on a pair is looked at in any case, else if it is at most this far behind the best."""
 _AT_ONCE = 128
 _SIGNS = np.uint64((1 << PLACE) - 1)
+_FLIPS = np.array(list(itertools.product((False, True), repeat=3)))
+
+Whole = npt.NDArray[np.int64]
 
 
-class Points:
-    """Signs of the points of many images, on disk: 480 bytes of a 2-D image, 650 of a volume."""
+def _belonging(count: int) -> npt.NDArray[np.int64]:
+    """(count * 4, 8): whether mirrored surroundings, in the slabs, belong to each flip."""
+    table = np.zeros((count, 4, len(_FLIPS)), np.int64)
+    for slab, (down, across) in enumerate(PLANES[count]):
+        table[slab, _FLIPS[:, down] + 2 * _FLIPS[:, across], np.arange(len(_FLIPS))] = 1
+    return table.reshape(4 * count, -1)
+
+
+_BELONGS = {count: _belonging(count) for count in PLANES}
+
+
+class Likeness(NamedTuple):
+    """What the points of pairs tell."""
+
+    points: Whole
+    """(B,) points that are alike in the placement, 0 where these are not enough."""
+    placement: Placement
+
+
+class PointStore:
+    """The points of many images, on disk: 520 bytes of a 2-D image, 700 of a volume."""
 
     def __init__(self, images: int, folder: Path | None = None) -> None:
         """`folder`: where the files lie; by default that of temporary files."""
-        self._files = {count: tempfile.TemporaryFile(dir=folder) for count in PACKED_BYTES}  # noqa: SIM115
-        self._shapes: dict[int, tuple[int, ...]] = {}
-        self._rows = dict.fromkeys(PACKED_BYTES, 0)
+        self._files = {
+            count: RowFile(
+                [("signs", "<u8", (len(SIZES), count * points)), ("places", "u1", (count * points, 2))], folder
+            )
+            for count, points in POINTS.items()
+        }
         self._row = np.zeros(images, np.uint32)
 
-    def __enter__(self) -> Points:
+    def __enter__(self) -> PointStore:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self._files.values():
-            file.close()
+            file.__exit__(kind, error, trace)
 
-    def add(self, count: int, numbers: npt.NDArray[np.int64], signs: Signs) -> None:
-        """Append the signs (n, sizes, points) of images of `count` pictures."""
-        self._shapes[count] = signs.shape[1:]
-        self._row[numbers] = np.arange(self._rows[count], self._rows[count] + len(numbers))
-        self._rows[count] += len(numbers)
-        self._files[count].write(np.ascontiguousarray(signs).data)
+    def add(self, count: int, numbers: Whole, points: Points) -> None:
+        """Append the points of images of `count` pictures."""
+        file = self._files[count]
+        self._row[numbers] = np.arange(len(file), len(file) + len(numbers))
+        rows = np.empty(len(numbers), file.kind)
+        rows["signs"], rows["places"] = points
+        file.append(rows)
 
-    def alike(self, count: int, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """How many points are alike in pairs (n, 2) of images of `count` pictures, 0 where not enough: (n,)."""
-        if not len(pairs):
-            return np.zeros(0, np.int64)
-        self._files[count].flush()
-        stored = np.memmap(self._files[count], np.uint64, "r", shape=(self._rows[count], *self._shapes[count]))
+    def likeness(self, count: int, pairs: npt.NDArray[np.integer]) -> Likeness:
+        """Of pairs (n, 2), at least one, of images of `count` pictures."""
         found = []
         for start in range(0, len(pairs), _AT_ONCE):
-            rows = self._row[pairs[start : start + _AT_ONCE]]
-            found.append(alike(stored[rows[:, 0]], stored[rows[:, 1]], count))
-        return np.concatenate(found)
+            numbers = self._row[pairs[start : start + _AT_ONCE]]
+            rows = self._files[count].at(numbers.reshape(-1)).reshape(-1, 2)
+            first, second = (Points(rows["signs"][:, side], rows["places"][:, side]) for side in (0, 1))
+            found.append(likeness(first, second, count))
+        placements = (np.concatenate(parts) for parts in zip(*(one.placement for one in found), strict=True))
+        return Likeness(np.concatenate([one.points for one in found]), Placement(*placements))
 
 
 def most_alike(
-    pairs: npt.NDArray[np.int64], points: npt.NDArray[np.int64], images: int
+    pairs: npt.NDArray[np.integer], points: npt.NDArray[np.integer], best: npt.NDArray[np.integer]
 ) -> npt.NDArray[np.bool_]:
     """Which pairs (n, 2) have many points alike, or almost as many as any other pair of one of their images.
 
     So of an image with many lookalikes only the likest are looked at: the work grows with the images.
+
+    Args:
+        best: by image, the most points of any of its pairs.
     """
-    best = np.zeros(images, np.int64)
-    for image in pairs.T:
-        np.maximum.at(best, image, points)
-    return np.asarray((points >= _MANY) | (points[:, None] >= best[pairs] - _BEHIND).any(axis=1))
+    return np.asarray((points >= _MANY) | (points[:, None] + _BEHIND >= best[pairs]).any(axis=1))
 
 
-def alike(first: Signs, second: Signs, count: int) -> npt.NDArray[np.int64]:
-    """Points of pairs that are alike in the best flip, 0 where not enough: (B, sizes, points) twice to (B,)."""
-    points, there = _points_alike(first, second, count)
-    needed = np.clip(np.floor(_FEW * there), _FEWEST, _ALIKE[count][1])
-    return np.where(points >= needed, points, 0)
+def likeness(first: Points, second: Points, count: int) -> Likeness:
+    """Of pairs of images of `count` pictures."""
+    pair, slab, one, two, flip = _matches(first, second, count)
+    pairs = len(first.signs)
+    planes = np.array(PLANES[count])[slab]
+    each = pair[:, None]
+    here, there = (
+        points.places[pair, slab * POINTS[count] + point].astype(np.float64) / PLACES - 0.5
+        for points, point in ((first, one), (second, two))
+    )
+    there = np.where(flip[each, planes], -there, there)
+    axis = (3 * each + planes).reshape(-1)
+    shift, scale = np.zeros(3 * pairs), np.ones(3 * pairs)
+
+    def away() -> npt.NDArray[np.float64]:
+        apart = there.reshape(-1) - shift[axis] - scale[axis] * here.reshape(-1)
+        return np.asarray((apart.reshape(-1, 2) ** 2).sum(axis=1))
+
+    x, y = here.reshape(-1), there.reshape(-1)
+    for trust in _TRUST:
+        weight = np.repeat((trust**2 / (trust**2 + away())) ** 2, 2)
+        total = np.bincount(axis, weight, 3 * pairs) + 1e-3
+        x_mean, y_mean, xx, xy = (
+            np.bincount(axis, weight * each, 3 * pairs) / total for each in (x, y, x * x, x * y)
+        )
+        stiff = _STIFF / total
+        scale = np.clip((xy - x_mean * y_mean + stiff) / (xx - x_mean**2 + stiff), 1 / MOST_SCALE, MOST_SCALE)
+        shift = np.clip(y_mean - scale * x_mean, -MOST_SHIFT, MOST_SHIFT)
+    placed = away() < _BESIDE**2
+    alike = np.unique((pair * count + slab)[placed] * POINTS[count] + one[placed])
+    points = np.bincount(alike // (count * POINTS[count]), minlength=pairs)
+    least = np.minimum(*((each.signs[:, 0] != NO_POINT).sum(axis=-1) for each in (first, second)))
+    enough = np.clip(np.floor(_FEW * least), _FEWEST, _ENOUGH)
+    placement = (each.reshape(pairs, 3).astype(np.float32) for each in (shift, scale))
+    return Likeness(np.where(points >= enough, points, 0), Placement(flip, *placement))
 
 
-def _points_alike(
-    first: Signs, second: Signs, count: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Points of the first images that some of the second are like in the best flip, and of the poorer: (B,)."""
-    pairs, sizes, _ = first.shape
+def _matches(
+    first: Points, second: Points, count: int
+) -> tuple[Whole, Whole, Whole, Whole, npt.NDArray[np.bool_]]:
+    """Pairs, slabs, points of the first and of the second image that are alike in the flip in which most are,
+    (m,) each; and that flip (B, 3)."""
+    pairs, sizes, _ = first.signs.shape
     # Either image in its own size beside the other in all: what brings them together is one ratio of sizes.
-    once = [first[:, :1].repeat(sizes, 1), first[:, 1:]], [second, second[:, :1].repeat(sizes - 1, 1)]
+    signs = first.signs, second.signs
+    once = [signs[0][:, :1].repeat(sizes, 1), signs[0][:, 1:]], [signs[1], signs[1][:, :1].repeat(sizes - 1, 1)]
     one, two = (np.concatenate(parts, 1).reshape(pairs, 2 * sizes - 1, count, -1) for parts in once)
     between = one[..., :, None] ^ two[..., None, :]
-    near = np.bitwise_count(between & _SIGNS) <= _ALIKE[count][0]
-    near &= (one != NO_POINT)[..., :, None] & (two != NO_POINT)[..., None, :]
-    mirrored = np.where(near, between >> np.uint64(MIRRORED), 4).astype(np.uint8)
-    matched = np.stack([(mirrored == way).any((1, 4)) for way in range(4)], axis=-1)  # (B, count, points, ways)
-    by_slab = matched.sum(axis=2)
-    found = np.zeros(pairs, np.int64)
-    for flip in itertools.product((0, 1), repeat=3):
-        planes = PLANES[3] if count == 3 else ((1, 2),)
-        of_flip = [by_slab[:, slab, flip[i] + 2 * flip[j]] for slab, (i, j) in enumerate(planes)]
-        found = np.maximum(found, np.sum(of_flip, axis=0))
-    there = np.minimum(*((signs[:, 0] != NO_POINT).sum(axis=-1) for signs in (first, second)))
-    return found, there
+    near = np.flatnonzero(np.bitwise_count(between & _SIGNS) <= _DIFFERENT[count])
+    pair, size, slab, i, j = np.unravel_index(near, between.shape)
+    there = (one[pair, size, slab, i] != NO_POINT) & (two[pair, size, slab, j] != NO_POINT)
+    ways = (between.reshape(-1)[near] >> np.uint64(MIRRORED)).astype(np.int64)
+    n = one.shape[-1]
+    distinct = np.unique(((((pair * count + slab) * 4 + ways) * n + i) * n + j)[there])
+    i, j, way = distinct // n % n, distinct % n, distinct // n**2 % 4
+    pair, slab = np.divmod(distinct // (4 * n**2), count)
+    # Each point of the first image has one vote, with whomever it is alike.
+    votes = np.unique(distinct // n) // n
+    votes = np.bincount(votes, minlength=pairs * count * 4).reshape(pairs, -1)
+    flip = _FLIPS[(votes @ _BELONGS[count]).argmax(axis=1)]
+    planes = np.array(PLANES[count])[slab]
+    belongs = (flip[pair[:, None], planes] == np.stack([way & 1, way >> 1], axis=1)).all(axis=1)
+    return pair[belongs], slab[belongs], i[belongs], j[belongs], flip

@@ -21,6 +21,7 @@ def render(found: Found, console: Console) -> None:
         f"images: {told['groups_exact']:,} of equal values, {told['groups_with_near']:,} with near duplicates. "
         f"{told['superfluous']:,} images are superfluous."
     )
+    _tell_crowds(told, console)
     if not found.groups:
         return
     datasets = Table(title="Groups by dataset", title_justify="left")
@@ -32,20 +33,19 @@ def render(found: Found, console: Console) -> None:
         other = "itself" if row["other"] == row["dataset"] else row["other"]
         datasets.add_row(Text(row["dataset"]), Text(other), f"{row['groups']:,}", f"{row['images']:,}")
     console.print(datasets)
-    shown = found.groups[:_GROUPS_SHOWN]
-    groups = Table(title=f"{len(shown)} of {told['groups']:,} groups", title_justify="left")
+    shown = min(found.groups, _GROUPS_SHOWN)
+    groups = Table(title=f"{shown} of {told['groups']:,} groups", title_justify="left")
     for name in ("group", "image", "kind", "split", ""):
         groups.add_column(name, overflow="fold")
-    for number, group in enumerate(shown):
-        for place, member in enumerate(group):
-            row = member.row
+    for number in range(shown):
+        for place, row in enumerate(found.group(number)):
             cells = (
                 str(number) if place == 0 else "",
                 f"{row['dataset']}/{row['key']}",
-                member.kind,
+                row["kind"],
                 row["split"],
             )
-            groups.add_row(*map(Text, (*cells, "kept" if member.kept else "")))
+            groups.add_row(*map(Text, (*cells, "kept" if row["kept"] else "")))
         groups.add_section()
     console.print(groups)
     if told["straddling"]:
@@ -72,7 +72,19 @@ def render_leaks(told: dict[str, Any], console: Console) -> None:
             cells = (leak["evaluation"], corpus_image, leak["split"], leak["kind"], f"{leak['agreement']:.2f}")
             table.add_row(*map(Text, cells))
         console.print(table)
+    _tell_crowds(told, console)
     if told["unread"]:
         console.print(f"{len(told['unread']):,} could not be compared, such as:")
         for message in told["unread"][:3]:
             console.print(Text(f"  {message}"))
+
+
+def _tell_crowds(told: dict[str, Any], console: Console) -> None:
+    """What a search passed over."""
+    work = told["work"] or {"crowded": 0, "passed_over": 0}
+    if work["crowded"] or work["passed_over"]:
+        console.print(
+            f"So many images are alike that {work['crowded']:,} of {work['codes']:,} codes were not compared "
+            f"with all others of their bucket, and {work['passed_over']:,} pairs of images with likelier "
+            "partners not at all."
+        )

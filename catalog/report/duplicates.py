@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from catalog.corpus import Corpus
 from catalog.duplicates import load_groups
 from catalog.duplicates.groups import Found, summary
@@ -27,28 +29,20 @@ def write_duplicates_page(corpus: Corpus, found: Found, path: Path) -> int:
     from catalog.report.page import render_template
 
     described = summary(found)
-    order = sorted(
-        range(len(found.groups)),
-        key=lambda number: (
-            number not in described["straddling"],
-            len({member.row["dataset"] for member in found.groups[number]}) == 1,
-            number,
-        ),
-    )
-    shown = [
-        {
-            "number": number,
-            "size": len(found.groups[number]),
-            "straddles": number in described["straddling"],
-            "members": [
-                member.row | {"kind": member.kind, "kept": member.kept}
-                for member in sorted(found.groups[number], key=lambda member: not member.kept)[
-                    :_MOST_OF_A_GROUP
-                ]
-            ],
-        }
-        for number in order[:_MOST_GROUPS]
-    ]
+    straddling = np.isin(np.arange(found.groups), described["straddling"])
+    datasets = found.members.group_by("group").aggregate([("dataset", "count_distinct")]).sort_by("group")
+    alone = datasets["dataset_count_distinct"].to_numpy() == 1
+    shown = []
+    for number in np.lexsort((alone, ~straddling))[:_MOST_GROUPS].tolist():
+        members = sorted(found.group(number), key=lambda member: not member["kept"])
+        shown.append(
+            {
+                "number": number,
+                "size": len(members),
+                "straddles": bool(straddling[number]),
+                "members": members[:_MOST_OF_A_GROUP],
+            }
+        )
     _add_pictures(corpus, shown)
     page = render_template("duplicates.html", described | {"shown": shown}).encode()
     with replacing(path) as temporary:

@@ -27,12 +27,14 @@ from catalog.duplicates import (
     superfluous,
     write_groups,
 )
-from catalog.duplicates.align import agreement, blurred, threshold
+from catalog.duplicates.align import Floats, agreement, blurred, threshold
 from catalog.duplicates.candidates import NEIGHBOURS, Candidates
 from catalog.duplicates.codes import Codes, described
-from catalog.duplicates.groups import find_groups, kept_member, summary
+from catalog.duplicates.equal import connected, equal_pairs, first_equal
+from catalog.duplicates.groups import find_groups, kept_members, summary
 from catalog.duplicates.pictures import PACKED_BYTES, pack, unpack
-from catalog.duplicates.search import Images, exact_groups, near_pairs, united
+from catalog.duplicates.points import likeness
+from catalog.duplicates.search import Images, Pairs, best_of_sources, exact_pairs, near_pairs
 from catalog.errors import SetupError
 from catalog.manifest import digest_of, publish
 from catalog.query import read_table
@@ -192,10 +194,16 @@ def test_an_image_of_one_value_has_nothing_to_be_found_by() -> None:
         levels = pictures(voxels, (0.0, 10.0))
         assert not levels.any()
         assert len(described(levels[np.newaxis])[0].code) == 0
-        assert agreement(levels[np.newaxis], levels[np.newaxis])[0] < 0.1
+        assert compared(levels[np.newaxis], levels[np.newaxis])[0] < 0.1
 
 
 # pairs ------------------------------------------------------------------------------------------------------
+
+
+def compared(first: np.ndarray, second: np.ndarray) -> Floats:
+    """Agreement of pairs of pictures, laid over each other by their points."""
+    points_of = (described(one)[1] for one in (first, second))
+    return agreement(first, second, likeness(*points_of, first.shape[1]).placement)
 
 
 def test_forms_of_one_image_agree_and_others_do_not(samples: Path) -> None:
@@ -207,14 +215,14 @@ def test_forms_of_one_image_agree_and_others_do_not(samples: Path) -> None:
         np.clip(chest, -900, 300),
         np.repeat(chest, 2, axis=1),
     ]
-    scores = agreement(np.repeat(seen(chest), len(forms), 0), np.concatenate([seen(form) for form in forms]))
+    scores = compared(np.repeat(seen(chest), len(forms), 0), np.concatenate([seen(form) for form in forms]))
     assert (scores >= threshold(3)).all(), scores
     image = radiograph(samples)
     flat = [image[..., ::2, ::2], image[..., ::-1], image[..., 40:-30, 50:-20], np.clip(image, 40, 220)]
-    scores = agreement(np.repeat(seen(image), len(flat), 0), np.concatenate([seen(form) for form in flat]))
+    scores = compared(np.repeat(seen(image), len(flat), 0), np.concatenate([seen(form) for form in flat]))
     assert (scores >= threshold(1)).all(), scores
     others = [radiograph(samples, name) for name in ("0957ce54", "1479fa94")]
-    scores = agreement(np.repeat(seen(image), 2, 0), np.concatenate([seen(other) for other in others]))
+    scores = compared(np.repeat(seen(image), 2, 0), np.concatenate([seen(other) for other in others]))
     assert (scores < 0.7).all(), scores
 
 
@@ -232,7 +240,7 @@ def test_of_two_files_with_time_series_volumes_pair_off(samples: Path) -> None:
     own = [(bytes([n]) * 16, seen(one)[0], "a") for n, one in enumerate(volumes)]
     copied = [(bytes([10 + n]) * 16, seen(one[..., ::-1])[0], "b") for n, one in enumerate(volumes)]
     with images_of(*own, *copied) as images:
-        assert near_pairs(images, quiet).keys() == {(0, 3), (1, 4), (2, 5)}
+        assert near_pairs(images, quiet).pairs.images.tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_an_evaluation_set_may_hold_an_image_several_times(samples: Path) -> None:
@@ -242,9 +250,9 @@ def test_an_evaluation_set_may_hold_an_image_several_times(samples: Path) -> Non
     twice = [(bytes([10 + n]) * 16, copied, f"evaluation {n}") for n in range(3)]
     with images_of(*known, *twice) as images:
         side = np.array([False, False, True, True, True])
-        found = near_pairs(images, quiet, side)
-        assert {first for first, _ in found} == {0, 1}
-        assert {second for _, second in found} == {2, 3, 4}
+        found = near_pairs(images, quiet, side).pairs.images
+        assert set(found[:, 0]) == {0, 1}
+        assert set(found[:, 1]) == {2, 3, 4}
 
 
 def test_crowded_buckets_take_time_in_proportion_to_their_size() -> None:
@@ -252,8 +260,11 @@ def test_crowded_buckets_take_time_in_proportion_to_their_size() -> None:
     crowd = Codes(np.arange(count), np.full(count, 7, np.uint64))
     with Candidates() as several:
         several.add(crowd)
-        found = np.concatenate(list(several.pairs(np.arange(count, dtype=np.uint64))))
-    assert count // 2 < len(found) <= count * NEIGHBOURS
+        found = np.concatenate(list(several.pairs(np.arange(count), quiet)))
+    assert (several.codes, several.crowded) == (count, count - NEIGHBOURS - 1), "what is passed over is told"
+    pairs_met = len(found) + several.passed_over
+    assert count * (NEIGHBOURS - 1) < pairs_met <= count * NEIGHBOURS
+    assert np.bincount(found[:, 0]).max() == candidates._MOST
     assert (found[:, 0] < found[:, 1]).all()
     assert len(np.unique(found, axis=0)) == len(found)
 
@@ -272,8 +283,9 @@ def test_what_is_found_depends_neither_on_the_order_nor_on_what_memory_holds(
         patched.setattr(candidates, "_HELD", at_once)
         patched.setattr(search, "_CODED_AT_ONCE", at_once)
         patched.setattr(search, "_COMPARED_AT_ONCE", at_once)
+        patched.setattr(search, "_READ_AT_ONCE", at_once)
         patched.setattr(points, "_AT_ONCE", at_once)
-        found = near_pairs(images, quiet)
+        found = near_pairs(images, quiet).pairs.images.tolist()
     pairs = {tuple(sorted((order[first], order[second]))) for first, second in found}
     assert pairs == {(number, number + FORMS) for number in range(FORMS)}
 
@@ -294,27 +306,106 @@ def made_up() -> list[np.ndarray]:
 def test_many_images_without_structure_are_no_near_duplicates() -> None:
     blank = np.zeros((1, 48, 48), np.uint8)
     with images_of(*((bytes(15) + bytes([n]), blank, str(n)) for n in range(50))) as images:
-        assert near_pairs(images, quiet) == {}
-        assert exact_groups(images) == []
+        assert not len(near_pairs(images, quiet).pairs.images)
+        assert not len(exact_pairs(images))
+
+
+NUMBERS = st.integers(0, 12)
 
 
 @settings(max_examples=50, deadline=None)
-@given(pairs=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=20))
+@given(pairs=st.lists(st.tuples(NUMBERS, NUMBERS).filter(lambda pair: pair[0] != pair[1]), max_size=20))
 def test_groups_are_what_pairs_connect(pairs: list[tuple[int, int]]) -> None:
-    pairs = [pair for pair in pairs if pair[0] != pair[1]]
-    groups = united([], pairs)
-    place = {image: number for number, group in enumerate(groups) for image in group}
-    assert all(place[first] == place[second] for first, second in pairs)
-    assert groups == sorted(map(sorted, groups)) == united([], reversed(pairs))
-    assert sum(map(len, groups)) == len(place) == len({image for pair in pairs for image in pair})
+    sets = [{image} for image in range(13)]
+    for first, second in pairs:
+        one, other = (next(each for each in sets if image in each) for image in (first, second))
+        if one is not other:
+            sets.remove(other)
+            one |= other
+    expected = sorted(sorted(each) for each in sets if len(each) > 1)
+    members, groups = connected(np.array(pairs, np.int64).reshape(-1, 2), 13)
+    assert [members[groups == group].tolist() for group in range(len(expected))] == expected
+    assert len(members) == sum(map(len, expected))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=12), st.booleans())
+def test_pairs_connect_what_is_equal(images: list[tuple[int, bool]], sided: bool) -> None:
+    values, side = (np.array(each) for each in zip(*images, strict=True))
+    first = first_equal(np.stack([values, -values], axis=1)).tolist()
+    assert first == first_equal(values).tolist() == [values.tolist().index(value) for value in values]
+    found = {tuple(pair) for pair in equal_pairs(values, side if sided else None).tolist()}
+    if not sided:
+        assert found == {(one, image) for image, one in enumerate(first) if one != image}
+        return
+    expected = set()
+    for image in range(len(images)):
+        there = np.flatnonzero((values == values[image]) & (side != side[image]))
+        expected |= {tuple(sorted((image, int(other)))) for other in there[:1]}
+    assert found == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sources=st.lists(st.integers(0, 3), min_size=8, max_size=8),
+    exact=st.lists(st.integers(0, 4), min_size=8, max_size=8),
+    scores=st.dictionaries(
+        st.tuples(st.integers(0, 7), st.integers(0, 7)).filter(lambda pair: pair[0] < pair[1]),
+        st.sampled_from([0.75, 0.875, 1.0]),
+    ),
+)
+def test_of_two_sources_the_best_pair_off(
+    sources: list[int], exact: list[int], scores: dict[tuple[int, int], float]
+) -> None:
+    """As a search in dicts has it, pair by pair."""
+    scores = {pair: score for pair, score in sorted(scores.items()) if sources[pair[0]] != sources[pair[1]]}
+
+    def likes(image: int, other: int) -> bool:
+        others = {
+            (a if b == image else b): score
+            for (a, b), score in scores.items()
+            if image in (a, b) and sources[a if b == image else b] == sources[other]
+        }
+        twins = [one for one in range(8) if exact[one] == exact[image] and sources[one] == sources[other]]
+        if twins and exact[image] != exact[other]:
+            return False
+        return other == min(others, key=lambda one: (-others[one], one))
+
+    expected = [[a, b] for a, b in scores if likes(a, b) and likes(b, a)]
+    pairs = Pairs(np.array(list(scores), np.int64).reshape(-1, 2), np.array(list(scores.values()), np.float32))
+    found = best_of_sources(pairs, np.array(sources), first_equal(np.array(exact)))
+    assert found.images.tolist() == expected
+    assert found.agreement.tolist() == [scores[a, b] for a, b in expected]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), flat=st.booleans())
+def test_no_form_of_an_image_is_lost_on_the_way_to_its_comparison(samples: Path, seed: int, flat: bool) -> None:
+    """Flips and crops of up to 8 % a side: enough points are alike, and tell where the pictures agree."""
+    rng = np.random.default_rng(seed)
+    voxels = radiograph(samples) if flat else volume(samples)
+    box = [slice(None), *(slice(int(0.08 * rng.random() * size), None) for size in voxels.shape[1:])]
+    if flat:
+        box[1] = slice(None)
+    ways = [1, *rng.choice([-1, 1], 3)]
+    form = seen(voxels[tuple(box)][tuple(slice(None, None, way) for way in ways)])
+    image = seen(voxels)
+    found = likeness(described(image)[1], described(form)[1], image.shape[1])
+    assert found.points[0] > 0
+    assert found.placement.flip[0, 1:].tolist() == [way < 0 for way in ways[2:]]
+    assert agreement(image, form, found.placement)[0] >= threshold(image.shape[1])
 
 
 def test_who_is_kept() -> None:
-    row = {"dataset": "b", "key": "k", "split": "train", "stored_dtype": "int16", "shape_c": 1, "shape_d": 1}
-    rows = [row | {"shape_h": side, "shape_w": side} for side in (10, 20, 20)]
-    assert kept_member(rows) == 1
-    assert kept_member([*rows, rows[1] | {"dataset": "a"}]) == 3
-    assert kept_member([rows[0] | {"split": "validation"}, *rows]) == 0, "then none of the group trains"
+    def kept(*rows: dict[str, object]) -> list[int]:
+        table = pa.Table.from_pylist([row | {"group": 0} for row in rows])
+        return np.flatnonzero(kept_members(table)).tolist()
+
+    row = {"split": "train", "stored_dtype": "int16", "shape_c": 1, "shape_d": 1, "shape_w": 9}
+    small, large = row | {"shape_h": 10}, row | {"shape_h": 20}
+    assert kept(small, large, large) == [1], "the first of the largest"
+    assert kept(small, large, large | {"stored_dtype": "float32"}) == [2]
+    assert kept(small | {"split": "validation"}, small, large) == [0], "then none of the group trains"
 
 
 # a corpus ---------------------------------------------------------------------------------------------------
@@ -486,10 +577,9 @@ def test_what_is_no_evaluation_set(corpus: Corpus, tmp_path: Path) -> None:
 
 def test_a_group_that_straddles_the_split_is_told(corpus: Corpus) -> None:
     found = find_groups(corpus, quiet)
-    straddling = [
-        {member.row["split"] for member in group} == {"train", "validation"} for group in found.groups
-    ]
+    groups = [found.group(number) for number in range(found.groups)]
+    straddling = [{row["split"] for row in group} == {"train", "validation"} for group in groups]
     assert summary(found)["straddling"] == [number for number, both in enumerate(straddling) if both]
-    for group, both in zip(found.groups, straddling, strict=True):
-        (kept,) = [member for member in group if member.kept]
-        assert not both or kept.row["split"] == "validation"
+    for group, both in zip(groups, straddling, strict=True):
+        (kept,) = [row for row in group if row["kept"]]
+        assert not both or kept["split"] == "validation"

@@ -74,6 +74,11 @@ def open_client(
         # The run itself tries the tasks of a worker that died again, one at a time.
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": True,
+        # A worker near its limit would wait for memory that only its tasks hold, without end. One that passes
+        # it is ended by its nanny, and the task is reported.
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.target": False,
     }
     number = workers or workers_that_fit(largest_bytes)
     with (

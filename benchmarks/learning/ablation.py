@@ -31,8 +31,8 @@ HELD_OUT = 24
 """Images to measure on."""
 CROP = CropGeometry(tokens_z=2, tokens_x=4)
 """Small, to take many steps; trained and measured on."""
-PROBED_STEPS = 60
-"""Steps that tell what one costs."""
+PROBED_STEPS = (20, 80)
+"""Of two runs, whose difference tells what a step costs."""
 RANDOM = (
     *("model.initial=random", "loss.diversity_weight=0.01", "loss.sharpness_weight=0"),
     *("optim.peak_lr=1.0e-3", "optim.min_lr=1.0e-5", "optim.betas=[0.9,0.95]"),
@@ -77,9 +77,9 @@ def run_arms(corpus: Path, runs: Path, *, minutes: float, seeds: Iterable[int]) 
 
 
 def _run(name: str, arm: Arm, corpus: Path, runs: Path, minutes: float, seed: int) -> dict[str, Any]:
-    probed = _train(arm, corpus, runs / "probe", PROBED_STEPS, seed)
+    fewer, more = (_train(arm, corpus, runs / "probe", steps, seed) for steps in PROBED_STEPS)
     shutil.rmtree(runs / "probe")
-    steps = round(PROBED_STEPS * 60 * minutes / probed)
+    steps = round((PROBED_STEPS[1] - PROBED_STEPS[0]) * 60 * minutes / (more - fewer))
     folder = runs / f"{list(ARMS).index(name)}-{seed}"
     seconds = _train(arm, corpus, folder, steps, seed)
     trained = load_tokenizer(folder)

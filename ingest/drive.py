@@ -30,8 +30,10 @@ def run_tasks(tasks: Iterator[IngestTask], pool: Pool) -> Iterator[tuple[IngestT
     """Run all tasks, and yield each with its result as it ends.
 
     A worker that dies is blamed on every task that waited for it. These run again at the end, one at a time,
-    and those of several images in halves, so that only the image that kills its workers is lost.
+    and those of several images in halves, so that only the image that kills its workers is lost. It is lost
+    once two workers died while it was their only one: one alone may have died of what others do on the machine.
     """
+    died_over: set[str] = set()
     suspects: list[IngestTask] = []
     _fill(tasks, pool)
     while pool.in_flight():
@@ -49,6 +51,9 @@ def run_tasks(tasks: Iterator[IngestTask], pool: Pool) -> Iterator[tuple[IngestT
             yield task, result
         elif len(task.places) > 1:
             suspects.extend(reversed(halves(task)))
+        elif task.name not in died_over:
+            died_over.add(task.name)
+            suspects.append(task)
         else:
             yield task, record_lost_task(task)
 

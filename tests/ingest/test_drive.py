@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,18 @@ def task(number: int, images: int = 1) -> IngestTask:
 
 
 class Workers:
-    """Ends tasks last in, first out; dies over those that hold a deadly image."""
+    """Ends tasks last in, first out; dies over those that hold a deadly image, and in numbered calls anyway."""
 
-    def __init__(self, widths: Iterator[int], deadly: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        widths: Iterator[int],
+        deadly: frozenset[str] = frozenset(),
+        killed: frozenset[int] = frozenset(),
+    ) -> None:
         self._widths = widths
         self._deadly = deadly
+        self._killed = killed
+        self._calls = count()
         self._running: list[IngestTask] = []
         self.most = 0
 
@@ -55,7 +63,7 @@ class Workers:
 
     def wait(self) -> tuple[IngestTask, TaskResult | None]:
         task = self._running.pop()
-        if self._deadly & {place.path for place in task.places}:
+        if next(self._calls) in self._killed or self._deadly & {place.path for place in task.places}:
             return task, None
         return task, result(task, "ingested")
 
@@ -108,3 +116,12 @@ def test_only_the_image_that_kills_its_workers_is_lost(monkeypatch: pytest.Monke
                 assert status == ("failed" if place.path in {"2/5", "4/0"} else "ingested")
     assert set(outcomes.values()) == {1}
     assert len(outcomes) == 48
+
+
+def test_a_worker_that_dies_of_something_else_loses_no_image() -> None:
+    """As where the kernel ends one to make room for other processes: in a try of many, or in a lone one."""
+    # Calls 0 to 5 are the first tries.
+    for killed in ({3}, {3, 6}, {3, 4, 6, 8}):
+        workers = Workers(always(1), killed=frozenset(killed))
+        outcomes = [told.outcomes for _, told in run_tasks(map(task, range(6)), workers)]
+        assert outcomes == 6 * [Counter({("ingested", ""): 1})]

@@ -1216,6 +1216,42 @@ def mim(
 
 
 @train.command()
+def targets(
+    output: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Targets go here; repeat the call to go on.")
+    ],
+    tokenizer_run: TokenizerOption = None,
+    preset: PresetOption = "tiny",
+    data_dir: DataOption = Path("data"),
+    mix_name: MixOption = None,
+    dedup: DedupOption = False,
+    settings: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how large they will be.")] = False,
+) -> None:
+    """Let the tokenizer look at all crops of a `mim` run ahead of it, for runs that learn from the same crops.
+
+    Take the preset and the settings of these runs, and give them `--set targets=FOLDER`. It pays where the
+    networks are small; the targets of the paper's training would be terabytes.
+    """
+    from training.config import load_preset
+
+    overrides = [*(settings or ()), *_drawn_from(mix_name, dedup)]
+    if tokenizer_run is not None:
+        overrides.append(_tokenizer_setting(tokenizer_run))
+    config = load_preset("mim", preset, overrides)
+    from training.targets import plan_targets
+
+    work = plan_targets(config, data_dir)
+    size = f"{config.steps} steps, about {work.bytes_expected / 1e9:.3g} GB"
+    if dry_run:
+        _print(f"targets of {size}; nothing was written")
+        return
+    with _writing(output), _count_bar() as show:
+        computed = work.write(output, show)
+    _print(f"targets of {size}, {computed} of them new: {output}. Train with --set targets={output}")
+
+
+@train.command()
 def finetune(
     run: Annotated[Path, typer.Option("--run", help="Folder for the result.")],
     task: Annotated[str, typer.Option(help="medmnist3d:NAME, catalog:COLUMN ... (docs/downstream.md).")],

@@ -329,6 +329,8 @@ class MimRunConfig(RunConfig):
     """What the ViT learns: the paper's masked tokens, or what to compare them with (docs/objectives.md)."""
     tokenizer: Path | None
     """Run folder of the trained tokenizer (or one of its checkpoints), whose soft tokens are the targets."""
+    targets: Path | None = None
+    """Folder of `pumit-train targets`: what the tokenizer said of the crops of this run; null asks it anew."""
     contrastive: ContrastiveConfig = ContrastiveConfig()
     """Of objective contrastive."""
     distillation: DistillationConfig = DistillationConfig()
@@ -364,6 +366,8 @@ class MimRunConfig(RunConfig):
     def _can_be_done(self) -> MimRunConfig:
         if self.objective != "tokens" and self.tokenizer is not None:
             raise ValueError(f"objective {self.objective} needs no tokenizer: leave it out, or learn tokens")
+        if self.objective != "tokens" and self.targets is not None:
+            raise ValueError(f"objective {self.objective} has no targets: leave them out, or learn tokens")
         if self.least_overlap is not None and self.parallel == "fsdp":
             raise ValueError(f"objective {self.objective} keeps a second network whole: use parallel ddp")
         if self.least_overlap is not None and self.data.accumulate > 1:
@@ -390,7 +394,7 @@ _CONFIGS: dict[Kind, type[TokenizerRunConfig | MimRunConfig]] = {
 
 _FREE_ON_RESUME = (
     *("device", "data.workers", "data.cache_", "data.accumulate"),
-    *("intervals.", "keep_checkpoints", "validation_", "probe_", "wandb_"),
+    *("intervals.", "keep_checkpoints", "validation_", "probe_", "wandb_", "targets"),
 )
 """Fields (or sections, with the dot) that change no weight, but by rounding, so that a resumed run may set them
 anew. As with the number of processes, `accumulate` may only change where no pass draws noise (training.run)."""

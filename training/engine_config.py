@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Number format of the forward pass; weights stay float32."""
+
 
 class Batches(Protocol):
     @property
@@ -31,7 +34,7 @@ class EngineConfig(Protocol):
     @property
     def keep_checkpoints(self) -> int: ...
     @property
-    def precision(self) -> Literal["fp32", "bf16", "fp16"]: ...
+    def precision(self) -> Precision: ...
     @property
     def compile(self) -> bool: ...
     @property

@@ -11,7 +11,6 @@ metadata and the summary name it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections import Counter
@@ -28,12 +27,13 @@ import pyarrow.parquet as pq
 
 from catalog.durable import remove_unfinished, replacing, sync, unfinished
 from catalog.errors import SetupError
+from training.claimed import claimed
 from training.run import write_json
 
 FORMAT = "pumit-data features"
 VERSION = 1
 
-_IDENTITY, _SUMMARY, _LOCK = "embedding.json", "summary.json", ".lock"
+_IDENTITY, _SUMMARY = "embedding.json", "summary.json"
 _FEATURES, _TOKENS = "features", "tokens"
 _FAILED = b"pumit_failed"
 _TOKEN_ROWS = 1024
@@ -126,35 +126,10 @@ def open_store(folder: Path, identity: Mapping[str, Any], parts: int) -> Iterato
 
     Raises SetupError if the folder holds something else, or another process writes to it.
     """
-    identity = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **identity}))
-    file = folder / _IDENTITY
-    if not file.is_file() and folder.exists() and any(path.name != _LOCK for path in folder.iterdir()):
-        raise SetupError(f"{folder} holds something else than features: name another folder")
-    (folder / _FEATURES).mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SetupError(f"another process writes to {folder}: wait for it, or stop it") from error
-        if file.is_file():
-            _require_same(file, identity)
-        else:
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    identity = {"format": FORMAT, "version": VERSION, **identity}
+    with claimed(folder / _IDENTITY, identity, "features"):
+        (folder / _FEATURES).mkdir(exist_ok=True)
         yield FeatureStore(folder, identity, parts)
-
-
-def _require_same(file: Path, identity: Mapping[str, Any]) -> None:
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SetupError(f"{file} is damaged: {error}. Delete the folder and begin anew.") from error
-    changed = sorted(name for name in before.keys() | identity.keys() if before.get(name) != identity.get(name))
-    if changed:
-        raise SetupError(
-            f"{file.parent} holds features that differ in: {', '.join(changed)}. Repeat the command as it was, "
-            "or name another folder."
-        )
 
 
 def _write_tokens(folder: Path, tokens: npt.NDArray[Any]) -> None:

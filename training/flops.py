@@ -66,14 +66,16 @@ class StepCounter:
         return StepWork(kind=kind, tokens=tokens, flops=self._batch_size * self._counted[kind])
 
 
-def mim_counter(batch_size: int, model: MaskedImageModel, tokenizer: Tokenizer) -> StepCounter:
-    """Of masked image modelling: the tokenizer's targets, the ViT forward and backward."""
-    model, tokenizer = without_data(model), without_data(tokenizer)
+def mim_counter(batch_size: int, model: MaskedImageModel, tokenizer: Tokenizer | None) -> StepCounter:
+    """Of masked image modelling: the tokenizer's targets, unless they are ready; the ViT both ways."""
+    model, tokenizer = without_data(model), None if tokenizer is None else without_data(tokenizer)
 
     def one_crop(voxels: Tensor, level: int, variant: bool) -> None:
-        with torch.no_grad():
-            length = tokenizer.encode(voxels, level)[..., 0].numel()
-        seen = n_visible(length, model.config.mask_ratio)
+        if tokenizer is not None:
+            with torch.no_grad():
+                tokenizer.encode(voxels, level)
+        _, _, depth, height, width = voxels.shape
+        seen = n_visible(crop_tokens((depth, height, width), level), model.config.mask_ratio)
         visible = torch.empty((1, seen), dtype=torch.int64, device="meta")
         model(voxels, level, visible).sum().backward()
 

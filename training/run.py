@@ -45,7 +45,7 @@ from catalog.durable import sync
 from catalog.errors import SetupError
 from catalog.lock import LOCK_FILE
 from training.config import changed_fields
-from training.engine_config import EngineConfig
+from training.engine_config import EngineConfig, Precision
 from training.meter import Meter
 from training.meter import scalars as meter_scalars
 from training.parallel import (
@@ -132,6 +132,20 @@ class _Report(NamedTuple):
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.values.tolist()
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Context of a forward pass in this precision."""
+    dtype = _AUTOCAST_TYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def compiled(function: Function, compile_it: bool) -> Function:
+    """`function` (or a network) compiled, if asked for: one graph a DA level and shape."""
+    if not compile_it:
+        return function
+    torch._dynamo.config.recompile_limit = _GRAPHS
+    return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
 
 _AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -403,15 +417,11 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """Context of the forward pass: the configured precision on the run's device."""
-        dtype = _AUTOCAST_TYPES[self.config.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.device, self.config.precision)
 
     def compiled(self, function: Function) -> Function:
-        """`function` (or a network) compiled, if the configuration says so: one graph a DA level and shape."""
-        if not self.config.compile:
-            return function
-        torch._dynamo.config.recompile_limit = _GRAPHS
-        return torch.compile(function, dynamic=False)  # type: ignore[return-value]
+        """`function` (or a network) compiled, if the configuration says so."""
+        return compiled(function, self.config.compile)
 
     def backward(self, loss: Tensor, keys: Sequence[str], terms: Mapping[str, Tensor] | None = None) -> None:
         """Gradients of a pass over the images `keys`, whose mean loss is the scalar `loss`; they add up.

@@ -204,6 +204,11 @@ def test_a_missing_tokenizer_is_refused(toy_corpus, tmp_path):
     refused_for(look_at_vit(toy_corpus, tmp_path, f"tokenizer={tmp_path}"), "tokenizer_unusable", str(tmp_path))
 
 
+def test_missing_targets_are_refused(toy_corpus, tokenizer, tmp_path):
+    settings = [f"tokenizer={tokenizer}", f"targets={tmp_path}"]
+    refused_for(look_at_vit(toy_corpus, tmp_path, *settings), "targets_unusable", "holds no targets")
+
+
 def test_a_tokenizer_of_another_corpus_is_refused_unless_it_is_meant(toy_corpus, tmp_path):
     fewer = write_corpus(tmp_path / "fewer", IMAGES[:4])
     place = export(tmp_path / "of-fewer", open_data(fewer, load_preset("mim", "tiny", VIT)).lock)

@@ -26,6 +26,7 @@ from training.pictures import Row, caption, contact_sheet, middle_slice
 from training.pretrained import find_pretrained, load_tokenizer
 from training.quantizer import mean_usage, negative_entropy
 from training.run import Run
+from training.targets import Targets
 from training.tokenizer import Tokenizer
 from training.transfer import sent
 from training.validation import Means, evaluating
@@ -48,7 +49,9 @@ def recipe_for(config: MimRunConfig, tokenizer: Tokenizer) -> Recipe[MaskedImage
     return Recipe(
         build=partial(build_mim, config, tokenizer.config.codebook_size),
         begin=partial(MaskedTokens, config, tokenizer),
-        counter=lambda model: mim_counter(config.data.batch_size, model, tokenizer),
+        counter=lambda model: mim_counter(
+            config.data.batch_size, model, tokenizer if config.targets is None else None
+        ),
     )
 
 
@@ -61,14 +64,18 @@ class MaskedTokens:
         self._config, self._run, self._data = config, run, data
         self._tokenizer = tokenizer.to(run.device)
         self._encode = run.compiled(tokenizer.encode)
+        self._targets = None if config.targets is None else Targets.of(config.targets, config, data)
         self.companions: Mapping[str, nn.Module] = {}
         self.encoder = model
 
     def losses(self, trained: nn.Module, part: RawBatch) -> Mapping[str, Tensor]:
         """The fields of `MIMLoss`."""
         crops = render(part, self._run.device)
-        with torch.no_grad(), self._run.autocast():
-            target_logits_BLK = self._encode(2 * crops.voxels - 1, crops.level).flatten(1, 3)
+        if self._targets is not None:
+            target_logits_BLK = sent(self._targets.logits(part), self._run.device)
+        else:
+            with torch.no_grad(), self._run.autocast():
+                target_logits_BLK = self._encode(2 * crops.voxels - 1, crops.level).flatten(1, 3)
         visible_BV = sent(draw_visible(self._config, part, target_logits_BLK.shape[1]), self._run.device)
         with self._run.autocast():
             logits_BLK = trained(crops.voxels, crops.level, visible_BV)

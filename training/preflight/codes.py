@@ -91,6 +91,11 @@ CODES: dict[str, Code] = {
         "Masked image modelling has no tokenizer, or it cannot be loaded.",
         "Give the --run folder of a finished `pumit-train tokenizer`, or an export of one, with --tokenizer.",
     ),
+    "targets_unusable": Code(
+        "error",
+        "The targets that were computed ahead are missing, too few, or of other crops or another tokenizer.",
+        "Write them with `pumit-train targets` and the settings of the run, or leave them out.",
+    ),
     "tokenizer_other_corpus": Code(
         "error",
         "The tokenizer was trained on other images, or on images that this corpus holds out.",

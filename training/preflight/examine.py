@@ -44,6 +44,7 @@ from training.preflight.setup import (
 )
 from training.run import Run, choose_device
 from training.speed import peak_flops
+from training.targets import Targets
 from training.tokenizer import Tokenizer
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -139,6 +140,11 @@ def examine(
             found.findings += check_codebook(tokenizer.to(device), data, device)
         except SetupError as error:
             return found.say("tokenizer_unusable", error)
+        if config.targets is not None:
+            try:
+                Targets.of(config.targets, config, data)
+            except SetupError as error:
+                found.say("targets_unusable", error)
     if found.refused():
         return found
 
@@ -222,7 +228,10 @@ def _plans(data: RunData, processes: int) -> list[BatchPlan]:
 def _of_one_process(config: Config, processes: int) -> Config:
     """What one of several processes does, as a run of its own; not compiled."""
     data = config.data.model_copy(update={"batch_size": max(config.data.batch_size // processes, 1)})
-    return config.model_copy(update={"data": data, "compile": False, "wandb_project": None})
+    changes = {"data": data, "compile": False, "wandb_project": None}
+    if isinstance(config, MimRunConfig):
+        changes["targets"] = None  # they are of whole batches; what a step then takes is the most it can
+    return config.model_copy(update=changes)
 
 
 def _in_passes(config: Config, accumulate: int) -> Config:

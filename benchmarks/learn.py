@@ -2,13 +2,15 @@
 
     python benchmarks/learn.py tokenizer --images FOLDER --work FOLDER [--steps N]
     python benchmarks/learn.py vit --images FOLDER --work FOLDER [--steps N]
+    python benchmarks/learn.py folds --images FOLDER --work FOLDER
     python benchmarks/learn.py ablation --images FOLDER --work FOLDER [--minutes N] [--seeds N]
 
 - `tokenizer`: trains preset `small`, measures it on the held-out subjects beside patches painted in their mean
   colour, and draws its curves.
 - `vit`: trains the ViT of preset `small` on that tokenizer, and compares its loss with that of the best
   constant prediction, and what classifiers learn from its features with what they learn from those of the
-  untrained network and from pixels: on the held-out subjects, and on many draws of subjects.
+  untrained network and from pixels, on many draws of subjects.
+- `folds`: the same for subjects that neither ViT nor tokenizer has seen, by training both anew for each fold.
 - `ablation`: short trainings that differ in one thing (benchmarks/learning/ablation.py), one seed after the
   other, so that all arms have some seeds whenever it is stopped. What is done is not done again.
 
@@ -31,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.learning.ablation import run_arms, write_arms
 from benchmarks.learning.corpus import build
 from benchmarks.learning.study import study, vit_study
-from benchmarks.learning.worth import frozen_features
+from benchmarks.learning.worth import drawn_subjects, unseen_subjects
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["tokenizer", "vit", "ablation"])
+    parser.add_argument("part", choices=["tokenizer", "vit", "folds", "ablation"])
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="corpus and runs; a second call goes on there")
     parser.add_argument("--out", type=Path, help="default: results/ in --work")
@@ -51,7 +53,9 @@ def main() -> None:
         study(corpus, options.work / "small", out, options.steps)
     elif options.part == "vit":
         vit_study(corpus, options.work / "small", options.work / "vit", out, options.steps)
-        frozen_features(corpus, options.work / "vit", options.work / "frozen-features", out)
+        drawn_subjects(corpus, options.work / "vit", options.work / "frozen-features", out)
+    elif options.part == "folds":
+        unseen_subjects(corpus, options.work / "folds", out)
     else:
         runs = options.work / "ablation"
         run_arms(corpus, runs, minutes=options.minutes, seeds=range(1, options.seeds + 1))

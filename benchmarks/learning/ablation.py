@@ -33,6 +33,8 @@ CROP = CropGeometry(tokens_z=2, tokens_x=4)
 """Small, to take many steps; trained and measured on."""
 PROBED_STEPS = (20, 80)
 """Of two runs, whose difference tells what a step costs."""
+PROBES = 3
+"""Of every arm, by turns; the least counts, as other work on the machine only adds to it."""
 RANDOM = (
     *("model.initial=random", "loss.diversity_weight=0.01", "loss.sharpness_weight=0"),
     *("optim.peak_lr=1.0e-3", "optim.min_lr=1.0e-5", "optim.betas=[0.9,0.95]"),
@@ -67,19 +69,32 @@ def run_arms(corpus: Path, runs: Path, *, minutes: float, seeds: Iterable[int]) 
     if not mix.exists():
         command = ["pumit-data", "mix", "write", VOLUMES, "--where", "dimension = 3", "--data", str(corpus)]
         subprocess.run(command, check=True)
+    step_seconds = _step_seconds(corpus, runs)
     for seed in seeds:
         for name, arm in ARMS.items():
             file = runs / f"{name.replace(': ', '-').replace(', ', '-').replace(' ', '_')}-{seed}.json"
             if not file.exists():
-                result = _run(name, arm, corpus, runs, minutes, seed)
+                result = _run(name, arm, corpus, runs, round(60 * minutes / step_seconds[name]), seed)
                 file.write_text(json.dumps(result, indent=1), encoding="utf-8")
                 print(json.dumps({key: result[key] for key in ("arm", "seed", "steps", "cpu_seconds", "all")}))
 
 
-def _run(name: str, arm: Arm, corpus: Path, runs: Path, minutes: float, seed: int) -> dict[str, Any]:
-    fewer, more = (_train(arm, corpus, runs / "probe", steps, seed) for steps in PROBED_STEPS)
-    shutil.rmtree(runs / "probe")
-    steps = round((PROBED_STEPS[1] - PROBED_STEPS[0]) * 60 * minutes / (more - fewer))
+def _step_seconds(corpus: Path, runs: Path) -> dict[str, float]:
+    """CPU seconds of a step of every arm; measured once, so that all seeds of an arm take as many steps."""
+    file = runs / "step-seconds"
+    if not file.exists():
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for _ in range(PROBES):
+            for name, arm in ARMS.items():
+                fewer, more = (_train(arm, corpus, runs / "probe", steps, seed=1) for steps in PROBED_STEPS)
+                seconds[name].append((more - fewer) / (PROBED_STEPS[1] - PROBED_STEPS[0]))
+        shutil.rmtree(runs / "probe")
+        file.write_text(json.dumps({name: min(each) for name, each in seconds.items()}, indent=1))
+    found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _run(name: str, arm: Arm, corpus: Path, runs: Path, steps: int, seed: int) -> dict[str, Any]:
     folder = runs / f"{list(ARMS).index(name)}-{seed}"
     seconds = _train(arm, corpus, folder, steps, seed)
     trained = load_tokenizer(folder)

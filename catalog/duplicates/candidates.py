@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from catalog.duplicates.align import PLANES
 from catalog.duplicates.codes import BUCKET_BITS, PLACE, REST, Codes
-from catalog.duplicates.equal import Numbers, Side
+from catalog.duplicates.equal import Numbers, Side, distinct
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is, out of how much)."""
@@ -36,6 +36,8 @@ comes through. That is for buckets of up to _ROOMY codes. Each time a bucket is 
 less, which lets a fourth of the pairs through: in a crowd an image meets as many others by chance as elsewhere.
 """
 _PARTS = 128
+_IMAGES_OF_A_PART = 1 << 14
+"""Of the meetings, of which an image of a large corpus has hundreds: so many parts more."""
 _HELD = 1 << 22
 _SURE, _POINTS = 3, 2
 """A pair is worth it if the rests of two codes differ in _SURE signs less than they may, or _POINTS points meet
@@ -92,6 +94,7 @@ class Candidates:
         """
         self._spill()
         images = len(source)
+        parts = max(_PARTS, images // _IMAGES_OF_A_PART)
         met: list[npt.NDArray[np.void]] = []
         held = 0
         for number in range(_PARTS):
@@ -100,11 +103,11 @@ class Candidates:
                 met.append(meetings)
                 held += len(meetings)
                 if held >= _HELD:
-                    self._spill_meetings(met, images)
+                    self._spill_meetings(met, images, parts)
                     met, held = [], 0
-        self._spill_meetings(met, images)
-        for number in range(_PARTS):
-            progress("meetings", number, _PARTS)
+        self._spill_meetings(met, images, parts)
+        for number in range(parts):
+            progress("meetings", number, parts)
             file = self._part("meetings", number)
             if file.exists():
                 worthwhile, first = _worthwhile(np.fromfile(file, _MEETING))
@@ -118,17 +121,19 @@ class Candidates:
         if self._held:
             entries = np.concatenate(self._held)
             self._held = []
-            self._append("codes", entries, entries["code"] % np.uint64(_PARTS))
+            self._append("codes", entries, entries["code"] % np.uint64(_PARTS), _PARTS)
 
-    def _spill_meetings(self, met: list[npt.NDArray[np.void]], images: int) -> None:
+    def _spill_meetings(self, met: list[npt.NDArray[np.void]], images: int, parts: int) -> None:
         """In parts of successive images, so that the pairs come in order."""
         if met:
             meetings = np.concatenate(met)
-            self._append("meetings", meetings, meetings["a"].astype(np.int64) * _PARTS // images)
+            self._append("meetings", meetings, meetings["a"].astype(np.int64) * parts // images, parts)
 
-    def _append(self, what: str, entries: npt.NDArray[np.void], part: npt.NDArray[np.integer[Any]]) -> None:
-        order = np.argsort(part.astype(np.uint8), kind="stable")
-        ends = np.cumsum(np.bincount(part, minlength=_PARTS))
+    def _append(
+        self, what: str, entries: npt.NDArray[np.void], part: npt.NDArray[np.integer[Any]], parts: int
+    ) -> None:
+        order = np.argsort(part.astype(np.uint16), kind="stable")
+        ends = np.cumsum(np.bincount(part, minlength=parts))
         for number, chosen in enumerate(np.split(entries[order], ends[:-1])):
             if len(chosen):
                 with self._part(what, number).open("ab") as file:
@@ -154,7 +159,7 @@ class Candidates:
         # By bucket, then rest: the bits are turned so that those of the bucket are the first.
         signs = entries["code"] & _UP_TO_PLACE
         turned = (signs << np.uint64(64 - REST)) | (signs >> np.uint64(REST))
-        order = np.lexsort((entries["code"] >> np.uint64(PLACE), entries["image"], turned))
+        order = _ordered(turned, entries["image"], entries["code"] >> np.uint64(PLACE))
         code, image = (np.ascontiguousarray(entries[name][order]) for name in ("code", "image"))
         bucket, rest = code & _BUCKET, (code & _UP_TO_PLACE) >> np.uint64(REST)
         slab = (bucket >> np.uint64(BUCKET_BITS)).astype(np.uint8)
@@ -190,18 +195,31 @@ class Candidates:
             yield met
 
 
+def _ordered(
+    signs: npt.NDArray[np.uint64], image: npt.NDArray[np.uint32], place: npt.NDArray[np.uint64]
+) -> Numbers:
+    """As `np.lexsort((place, image, signs))`, in less time: few signs are equal."""
+    order = np.argsort(signs)
+    ordered = signs[order]
+    same = ordered[1:] == ordered[:-1]
+    tied = np.flatnonzero(np.r_[same, False] | np.r_[False, same])
+    of_tied = order[tied]
+    order[tied] = of_tied[np.lexsort((place[of_tied], image[of_tied], ordered[tied]))]
+    return order
+
+
 def _worthwhile(meetings: npt.NDArray[np.void]) -> tuple[Numbers, npt.NDArray[np.bool_]]:
     """Pairs (n, 2), each once and in order, of those that met in one part; and which are among the _MOST best
     of their first images."""
     key = (meetings["a"].astype(np.uint64) << np.uint64(32)) | meetings["b"]
-    order = np.argsort(key, kind="stable")
+    order = np.argsort(key)
     key, place = key[order], meetings["place"][order]
     starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
     most = np.maximum.reduceat(meetings["spare"][order], starts)
     pair = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(key)]))
     # Each point of the first image counts once, in whatever sizes and with whomever it meets.
-    distinct = np.unique((pair << 8) | place)
-    pair, belongs = distinct >> 8, _BELONGS[distinct & 255]
+    each = distinct((pair << 8) | place)
+    pair, belongs = each >> 8, _BELONGS[each & 255]
     points = np.zeros(len(starts), np.int64)
     for flip in range(belongs.shape[1]):
         points = np.maximum(points, np.bincount(pair[belongs[:, flip]], minlength=len(starts)))

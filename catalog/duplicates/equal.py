@@ -12,6 +12,18 @@ Side = npt.NDArray[np.bool_]
 """By image: on which of two sides it is."""
 
 
+def distinct(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Each of many numbers (n,) once, in order.
+
+    `np.unique` puts integers into a hash table, which takes 30 times as long where most differ.
+    """
+    ordered = np.sort(values)
+    new = np.ones(len(ordered), bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    found: npt.NDArray[Any] = ordered[new]
+    return found
+
+
 def first_equal(values: npt.NDArray[Any]) -> Numbers:
     """By image, the first whose row of `values`, (n,) or (n, columns), is the same: (n,)."""
     columns = values.reshape(len(values), -1).T
@@ -51,7 +63,7 @@ def equal_pairs(values: npt.NDArray[Any], side: Side | None = None) -> Numbers:
 def in_order(pairs: Numbers) -> Numbers:
     """Each pair once, its smaller number first, sorted."""
     ordered = np.sort(pairs, axis=1)
-    each = np.unique(ordered[:, 0] << 32 | ordered[:, 1])
+    each = distinct(ordered[:, 0] << 32 | ordered[:, 1])
     return np.stack([each >> 32, each & 0xFFFFFFFF], axis=1)
 
 
@@ -87,7 +99,7 @@ def connected(pairs: Numbers, images: int) -> tuple[Numbers, Numbers]:
     """
     sets = Sets(images)
     sets.unite(pairs)
-    members = np.unique(pairs)
+    members = distinct(pairs.reshape(-1))
     roots = sets.roots(members)
     order = np.argsort(roots, kind="stable")
     return members[order], np.unique(roots[order], return_inverse=True)[1]

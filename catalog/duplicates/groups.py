@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from catalog.corpus import Corpus
 from catalog.duplicates import missing_features
 from catalog.duplicates.candidates import Progress
-from catalog.duplicates.equal import Numbers, connected
+from catalog.duplicates.equal import Numbers, connected, distinct
 from catalog.duplicates.pictures import FEATURES_VERSION
 from catalog.duplicates.search import Images, Work, exact_pairs, near_pairs
 from catalog.errors import SetupError
@@ -156,7 +156,7 @@ def find_groups(
         known = CorpusImages(images)
         known.add(corpus)
         pairs, work = exact_pairs(images), None
-        equal = np.unique(pairs)
+        equal = distinct(pairs.reshape(-1))
         if not exact_only:
             near, work = near_pairs(images, progress, folder=folder)
             pairs = np.concatenate([pairs, near.images])

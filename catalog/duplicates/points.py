@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from catalog.duplicates.align import MOST_SCALE, MOST_SHIFT, PLANES, Placement
 from catalog.duplicates.codes import MIRRORED, NO_POINT, PLACE, PLACES, POINTS, SIZES, Points
+from catalog.duplicates.equal import distinct
 from catalog.duplicates.rows import RowFile
 
 _DIFFERENT = {1: 11, 3: 12}
@@ -147,7 +148,7 @@ def likeness(first: Points, second: Points, count: int) -> Likeness:
         scale = np.clip((xy - x_mean * y_mean + stiff) / (xx - x_mean**2 + stiff), 1 / MOST_SCALE, MOST_SCALE)
         shift = np.clip(y_mean - scale * x_mean, -MOST_SHIFT, MOST_SHIFT)
     placed = away() < _BESIDE**2
-    alike = np.unique((pair * count + slab)[placed] * POINTS[count] + one[placed])
+    alike = distinct((pair * count + slab)[placed] * POINTS[count] + one[placed])
     points = np.bincount(alike // (count * POINTS[count]), minlength=pairs)
     least = np.minimum(*((each.signs[:, 0] != NO_POINT).sum(axis=-1) for each in (first, second)))
     enough = np.clip(np.floor(_FEW * least), _FEWEST, _ENOUGH)
@@ -171,11 +172,11 @@ def _matches(
     there = (one[pair, size, slab, i] != NO_POINT) & (two[pair, size, slab, j] != NO_POINT)
     ways = (between.reshape(-1)[near] >> np.uint64(MIRRORED)).astype(np.int64)
     n = one.shape[-1]
-    distinct = np.unique(((((pair * count + slab) * 4 + ways) * n + i) * n + j)[there])
-    i, j, way = distinct // n % n, distinct % n, distinct // n**2 % 4
-    pair, slab = np.divmod(distinct // (4 * n**2), count)
+    each = distinct(((((pair * count + slab) * 4 + ways) * n + i) * n + j)[there])
+    i, j, way = each // n % n, each % n, each // n**2 % 4
+    pair, slab = np.divmod(each // (4 * n**2), count)
     # Each point of the first image has one vote, with whomever it is alike.
-    votes = np.unique(distinct // n) // n
+    votes = distinct(each // n) // n
     votes = np.bincount(votes, minlength=pairs * count * 4).reshape(pairs, -1)
     flip = _FLIPS[(votes @ _BELONGS[count]).argmax(axis=1)]
     planes = np.array(PLANES[count])[slab]

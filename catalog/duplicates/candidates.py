@@ -35,9 +35,8 @@ _MOST_DIFFERENT, _ROOMY = 9, 16
 comes through. That is for buckets of up to _ROOMY codes. Each time a bucket is 4 times as large it is one sign
 less, which lets a fourth of the pairs through: in a crowd an image meets as many others by chance as elsewhere.
 """
-_PARTS = 128
-_IMAGES_OF_A_PART = 1 << 14
-"""Of the meetings, of which an image of a large corpus has hundreds: so many parts more."""
+_PARTS, _IMAGES_OF_A_PART = 128, 1 << 14
+"""Files of codes, and of meetings: as many, or one for so many images."""
 _HELD = 1 << 22
 _SURE, _POINTS = 3, 2
 """A pair is worth it if the rests of two codes differ in _SURE signs less than they may, or _POINTS points meet
@@ -53,9 +52,15 @@ _BUCKET, _UP_TO_PLACE = np.uint64((1 << REST) - 1), np.uint64((1 << PLACE) - 1)
 class Candidates:
     """Takes codes of images and gives back pairs, of up to 2^32 images. In memory is one part at a time."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """`folder`: where files may lie meanwhile, some 2 kB an image and 10 bytes a meeting; by default that
-        of temporary files."""
+    def __init__(self, images: int, folder: Path | None = None) -> None:
+        """Args:
+        images: number of images.
+        folder: where files may lie meanwhile, some 2 kB an image and 10 bytes a meeting; by default that of
+            temporary files.
+        """
+        self._images = images
+        # A power of two: the last bits of a code are those of its bucket.
+        self._parts = max(_PARTS, 1 << (images // _IMAGES_OF_A_PART).bit_length())
         self._folder = tempfile.TemporaryDirectory(prefix="pumit-data-codes-", dir=folder)
         self._held: list[npt.NDArray[np.void]] = []
         self.codes = 0
@@ -93,21 +98,19 @@ class Candidates:
             side: by image; if given, only pairs of both sides are wanted.
         """
         self._spill()
-        images = len(source)
-        parts = max(_PARTS, images // _IMAGES_OF_A_PART)
         met: list[npt.NDArray[np.void]] = []
         held = 0
-        for number in range(_PARTS):
-            progress("buckets", number, _PARTS)
+        for number in range(self._parts):
+            progress("buckets", number, self._parts)
             for meetings in self._meetings(number, source, side):
                 met.append(meetings)
                 held += len(meetings)
                 if held >= _HELD:
-                    self._spill_meetings(met, images, parts)
+                    self._spill_meetings(met)
                     met, held = [], 0
-        self._spill_meetings(met, images, parts)
-        for number in range(parts):
-            progress("meetings", number, parts)
+        self._spill_meetings(met)
+        for number in range(self._parts):
+            progress("meetings", number, self._parts)
             file = self._part("meetings", number)
             if file.exists():
                 worthwhile, first = _worthwhile(np.fromfile(file, _MEETING))
@@ -121,26 +124,24 @@ class Candidates:
         if self._held:
             entries = np.concatenate(self._held)
             self._held = []
-            self._append("codes", entries, entries["code"] % np.uint64(_PARTS), _PARTS)
+            self._append("codes", entries, entries["code"] % np.uint64(self._parts))
 
-    def _spill_meetings(self, met: list[npt.NDArray[np.void]], images: int, parts: int) -> None:
+    def _spill_meetings(self, met: list[npt.NDArray[np.void]]) -> None:
         """In parts of successive images, so that the pairs come in order."""
         if met:
             meetings = np.concatenate(met)
-            self._append("meetings", meetings, meetings["a"].astype(np.int64) * parts // images, parts)
+            self._append("meetings", meetings, meetings["a"].astype(np.int64) * self._parts // self._images)
 
-    def _append(
-        self, what: str, entries: npt.NDArray[np.void], part: npt.NDArray[np.integer[Any]], parts: int
-    ) -> None:
+    def _append(self, what: str, entries: npt.NDArray[np.void], part: npt.NDArray[np.integer[Any]]) -> None:
         order = np.argsort(part.astype(np.uint16), kind="stable")
-        ends = np.cumsum(np.bincount(part, minlength=parts))
+        ends = np.cumsum(np.bincount(part, minlength=self._parts))
         for number, chosen in enumerate(np.split(entries[order], ends[:-1])):
             if len(chosen):
                 with self._part(what, number).open("ab") as file:
                     chosen.tofile(file)
 
     def _part(self, what: str, number: int) -> Path:
-        return Path(self._folder.name) / f"{what}-{number:03d}"
+        return Path(self._folder.name) / f"{what}-{number:05d}"
 
     def _meetings(
         self, number: int, source: npt.NDArray[np.integer[Any]], side: Side | None

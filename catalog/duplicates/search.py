@@ -205,7 +205,7 @@ def _likely_pairs(
     structured = np.zeros(len(counts), bool)
     best = np.zeros(len(counts), np.uint8)
     done = looked_at = 0
-    with Candidates(folder) as candidates, PointStore(len(counts), folder) as points:
+    with Candidates(len(counts), folder) as candidates, PointStore(len(counts), folder) as points:
         for count in PACKED_BYTES:
             chosen = standing[counts[standing] == count]
             for start in range(0, len(chosen), _CODED_AT_ONCE):

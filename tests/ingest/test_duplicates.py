@@ -258,7 +258,7 @@ def test_an_evaluation_set_may_hold_an_image_several_times(samples: Path) -> Non
 def test_crowded_buckets_take_time_in_proportion_to_their_size() -> None:
     count = 5_000
     crowd = Codes(np.arange(count), np.full(count, 7, np.uint64))
-    with Candidates() as several:
+    with Candidates(count) as several:
         several.add(crowd)
         found = np.concatenate(list(several.pairs(np.arange(count), quiet)))
     assert (several.codes, several.crowded) == (count, count - NEIGHBOURS - 1), "what is passed over is told"
@@ -273,14 +273,16 @@ FORMS = 6
 
 
 @settings(max_examples=5, deadline=None)
-@given(order=st.permutations(range(2 * FORMS)), at_once=st.integers(3, 40))
+@given(order=st.permutations(range(2 * FORMS)), at_once=st.integers(3, 40), of_a_part=st.sampled_from([1, 99]))
 def test_what_is_found_depends_neither_on_the_order_nor_on_what_memory_holds(
-    made_up: list[np.ndarray], order: list[int], at_once: int
+    made_up: list[np.ndarray], order: list[int], at_once: int, of_a_part: int
 ) -> None:
     """Images and their mirrored, noisy forms, with what is read, held and compared at a time changed."""
     features = [(bytes([number]) * 16, made_up[number], str(number)) for number in order]
     with pytest.MonkeyPatch.context() as patched, images_of(*features) as images:
         patched.setattr(candidates, "_HELD", at_once)
+        patched.setattr(candidates, "_PARTS", 1)
+        patched.setattr(candidates, "_IMAGES_OF_A_PART", of_a_part)
         patched.setattr(search, "_CODED_AT_ONCE", at_once)
         patched.setattr(search, "_COMPARED_AT_ONCE", at_once)
         patched.setattr(search, "_READ_AT_ONCE", at_once)

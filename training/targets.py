@@ -129,7 +129,10 @@ class Targets:
             raise SetupError(f"{folder} holds no targets: {again}")
         changed = differing(folder / _IDENTITY, _identity(config, data))
         if changed:
-            raise SetupError(f"the targets in {folder} differ from this run in: {', '.join(changed)}; {again}")
+            raise SetupError(
+                f"the targets in {folder} differ from this run in: {', '.join(changed)}. Write others with "
+                "`pumit-train targets --out` another folder and the settings of this run"
+            )
         if not _file(folder, config.steps - 1).is_file():
             raise SetupError(f"{folder} has no targets of step {config.steps}, the last of this run: {again}")
         return cls(folder)

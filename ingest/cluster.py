@@ -24,6 +24,8 @@ _QUIET = {"PYTHONWARNINGS": "ignore", "OPENCV_LOG_LEVEL": "OFF"}
 """What libraries say of an odd file would tear the progress bar; its row says what became of it."""
 _CONNECT_SECONDS = 20
 _DASHBOARD_SECONDS = 2
+_NO_WORKERS_SECONDS = 300
+"""So long tasks wait for a worker process of this machine."""
 _WIDTH_SECONDS = 5
 """So often it is looked how many workers there are: on a cluster they come and go."""
 
@@ -74,6 +76,10 @@ def open_client(
         # The run itself tries the tasks of a worker that died again, one at a time.
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": True,
+        # This long after a worker died the cluster looks whether it is back, and shuts down its nanny if it is
+        # not: one that dies again shortly before would never be started again.
+        "distributed.deploy.lost-worker-timeout": "365 days",
+        "distributed.scheduler.no-workers-timeout": _NO_WORKERS_SECONDS,
         # A worker near its limit would wait for memory that only its tasks hold, without end. One that passes
         # it is ended by its nanny, and the task is reported.
         "distributed.worker.memory.pause": False,
@@ -150,11 +156,12 @@ class DaskPool:
         """As `Pool.wait`.
 
         Raises:
-            SetupError: the scheduler is gone, or its workers cannot do such tasks.
+            SetupError: the scheduler is gone, or has no workers, or they cannot do such tasks.
             OSError: the corpus cannot be written.
         """
         from distributed import CancelledError, KilledWorker
         from distributed.comm import CommClosedError
+        from distributed.scheduler import NoWorkerError
 
         future = next(self._completed)
         task = self._running.pop(future)
@@ -162,6 +169,12 @@ class DaskPool:
             return task, future.result()
         except KilledWorker:
             return task, None
+        except NoWorkerError as error:
+            raise SetupError(
+                f"no worker process could be started for {error.timeout:.0f} seconds. The machine may lack "
+                "memory, or have too many processes. What was done before is kept: repeat the command, and it "
+                "goes on."
+            ) from error
         except (CancelledError, CommClosedError) as error:
             raise _lost() from error
         except RunEndedError as error:

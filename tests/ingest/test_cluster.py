@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 import urllib.request
 from typing import Any
 
 import pytest
+from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
 from catalog.errors import SetupError
-from ingest.cluster import dashboard_of, open_client, workers_that_fit
+from ingest.cluster import DaskPool, dashboard_of, open_client, workers_that_fit
+from ingest.task import IngestTask
 
 
 def test_workers_have_one_thread_each() -> None:
@@ -66,3 +71,30 @@ def test_fewer_workers_may_use_all_the_memory() -> None:
     with open_client(workers=1) as client:
         (worker,) = client.scheduler_info()["workers"].values()
     assert worker["memory_limit"] >= MEMORY_LIMIT - 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_again_and_again_comes_back_each_time() -> None:
+    """15 seconds after a death Dask would give up a worker that just then is dead anew."""
+    with open_client(workers=1) as client:
+        for seconds_until_next in (14, 0):
+            os.kill(_process_of_the_worker(client), signal.SIGKILL)
+            time.sleep(seconds_until_next)
+        time.sleep(15)
+        assert client.submit(int, "7").result(timeout=60) == 7
+
+
+def test_without_workers_a_run_ends_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ingest.cluster._NO_WORKERS_SECONDS", 0.5)
+    with open_client(workers=1) as client:
+        pool = DaskPool(client)
+        client.retire_workers()
+        pool.submit(IngestTask.__new__(IngestTask))
+        with pytest.raises(SetupError, match="no worker process could be started for 0 seconds"):
+            pool.wait()
+
+
+def _process_of_the_worker(client: Client) -> int:
+    client.wait_for_workers(1, timeout=60)
+    (process,) = client.run(os.getpid).values()
+    return int(process)

@@ -161,7 +161,7 @@ class DaskPool:
         """
         from distributed import CancelledError, KilledWorker
         from distributed.comm import CommClosedError
-        from distributed.scheduler import NoWorkerError
+        from distributed.scheduler import NoValidWorkerError, NoWorkerError
 
         future = next(self._completed)
         task = self._running.pop(future)
@@ -169,7 +169,7 @@ class DaskPool:
             return task, future.result()
         except KilledWorker:
             return task, None
-        except NoWorkerError as error:
+        except (NoWorkerError, NoValidWorkerError) as error:
             raise SetupError(
                 f"no worker process could be started for {error.timeout:.0f} seconds. The machine may lack "
                 "memory, or have too many processes. What was done before is kept: repeat the command, and it "

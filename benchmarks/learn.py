@@ -2,7 +2,7 @@
 
     python benchmarks/learn.py tokenizer --images FOLDER --work FOLDER [--steps N]
     python benchmarks/learn.py vit --images FOLDER --work FOLDER [--steps N]
-    python benchmarks/learn.py folds --images FOLDER --work FOLDER
+    python benchmarks/learn.py folds --images FOLDER --work FOLDER [--deals N]
     python benchmarks/learn.py ablation --images FOLDER --work FOLDER [--minutes N] [--seeds N]
 
 - `tokenizer`: trains preset `small`, measures it on the held-out subjects beside patches painted in their mean
@@ -10,7 +10,8 @@
 - `vit`: trains the ViT of preset `small` on that tokenizer, and compares its loss with that of the best
   constant prediction, and what classifiers learn from its features with what they learn from those of the
   untrained network and from pixels, on many draws of subjects.
-- `folds`: the same for subjects that neither ViT nor tokenizer has seen, by training both anew for each fold.
+- `folds`: the same for subjects that neither ViT nor tokenizer has seen, by training both anew for each fold;
+  subjects are dealt to folds as often as --deals says.
 - `ablation`: short trainings that differ in one thing (benchmarks/learning/ablation.py), one seed after the
   other, so that all arms have some seeds whenever it is stopped. What is done is not done again.
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="corpus and runs; a second call goes on there")
     parser.add_argument("--out", type=Path, help="default: results/ in --work")
     parser.add_argument("--steps", type=int, help="default: as the preset")
+    parser.add_argument("--deals", type=int, default=1, help="of the subjects to folds")
     parser.add_argument("--minutes", type=float, default=10.0, help="of CPU for each run of the ablation")
     parser.add_argument("--seeds", type=int, default=3, help="of every arm of the ablation")
     options = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
         vit_study(corpus, options.work / "small", options.work / "vit", out, options.steps)
         drawn_subjects(corpus, options.work / "vit", options.work / "frozen-features", out)
     elif options.part == "folds":
-        unseen_subjects(corpus, options.work / "folds", out)
+        unseen_subjects(corpus, options.work / "folds", out, options.deals)
     else:
         runs = options.work / "ablation"
         run_arms(corpus, runs, minutes=options.minutes, seeds=range(1, options.seeds + 1))

@@ -14,11 +14,13 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
 from catalog.conditions import literal
 from catalog.corpus import Corpus
@@ -45,13 +47,14 @@ Scores = dict[tuple[str, str], dict[str, list[float]]]
 """AUC in per cent by (column, mode) and start."""
 
 
-def unseen_subjects(corpus: Path, work: Path, out: Path) -> None:
-    """The first comparison; runs and labels lie in `work`, the table goes to `out`."""
+def unseen_subjects(corpus: Path, work: Path, out: Path, deals: int) -> None:
+    """The first comparison, so many times; runs and labels lie in `work`, the table goes to `out`."""
     work.mkdir(exist_ok=True)
     images = _images(corpus)
     means: Scores = defaultdict(lambda: defaultdict(list))
-    for fold, subjects in enumerate(_folds(images)):
-        folder = work / f"fold-{fold}"
+    for deal, fold in product(range(deals), range(FOLDS)):
+        subjects = _folds(images, deal)[fold]
+        folder = work / f"fold-{deal}-{fold}"
         folder.mkdir(exist_ok=True)
         vit = _pretrained(corpus, folder, subjects)
         tasks = [
@@ -68,10 +71,12 @@ def unseen_subjects(corpus: Path, work: Path, out: Path) -> None:
                 means[case][start].append(float(np.mean(scores)))
     lines = _table("never seen", means)
     for (column, _), of_start in means.items():
-        gains = np.subtract(of_start["pre-trained"], of_start["untrained"])
-        lines.append(
-            f"\n{column}: pre-trained - untrained by fold: {' '.join(f'{gain:+.1f}' for gain in gains)}"
-        )
+        for baseline in STARTS[:-1]:
+            gains = np.subtract(of_start[STARTS[-1]], of_start[baseline])
+            lines.append(
+                f"\n{column}: {STARTS[-1]} - {baseline} by fold: {' '.join(f'{gain:+.1f}' for gain in gains)}, "
+                f"mean {gains.mean():+.1f}, p = {_p_of_folds(gains):.2f}"
+            )
     (out / "unseen-subjects.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
@@ -94,12 +99,12 @@ def _images(corpus: Path) -> list[dict[str, Any]]:
     return images
 
 
-def _folds(images: Sequence[Mapping[str, Any]]) -> list[set[Subject]]:
+def _folds(images: Sequence[Mapping[str, Any]], deal: int) -> list[set[Subject]]:
     """Subjects dealt out one after the other, those of one modality and body part at a time."""
     of_kind = defaultdict(set)
     for image in images:
         of_kind[tuple(str(image[column]) for column in COLUMNS)].add((image["dataset"], image["subject"]))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(deal)
     # The largest kinds first, so that the small ones fill up.
     kinds = sorted(of_kind.items(), key=lambda kind: (-len(kind[1]), kind[0]))
     dealt = list(chain.from_iterable(rng.permutation(sorted(subjects)).tolist() for _, subjects in kinds))
@@ -149,6 +154,13 @@ def _scores(
         column = cell.cell.task.partition(":")[2].partition("-")[0]
         found[column, cell.cell.mode][cell.name].append(100 * result.metrics["AUC"])
     return found
+
+
+def _p_of_folds(gains: NDArray[np.float64]) -> float:
+    """Two-sided, of folds whose training subjects overlap (Nadeau and Bengio, Machine Learning 52, 2003)."""
+    tested_per_trained = 1 / (FOLDS - 1)
+    variance = (1 / len(gains) + tested_per_trained) * gains.var(ddof=1)
+    return float(2 * stats.t.sf(abs(gains.mean()) / np.sqrt(variance), len(gains) - 1))
 
 
 def _table(name: str, scores: Scores) -> list[str]:

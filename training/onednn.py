@@ -24,7 +24,9 @@ _NATIVE_LIMIT = 20480
 """PyTorch keeps a lone crop from oneDNN if B * C * D * H is no more (aten/src/ATen/native/Convolution.cpp)."""
 
 _WINOGRAD_VOXELS = 1024
-_WINOGRAD_CHANNELS = 32
+"""With fewer of a batch the kernels outweigh the map: 512 channels of 4 x 8 x 8 would take a fifth longer."""
+_WINOGRAD_SLICE = 8192
+"""With no more numbers in a slice its calls outweigh its products: 8 crops of 64 channels of 4 x 8 x 8."""
 _SHORT_RUN = 4
 _IMAGE_CHANNELS = 4
 
@@ -83,16 +85,16 @@ def convolution(
         slices = x_BIDHW.transpose(1, 2)
         y = F.conv2d(slices.flatten(0, 1), weight.squeeze(2), bias, stride[1:], padding[1:])
         return y.reshape(*slices.shape[:2], *y.shape[1:]).transpose(1, 2)
+    native = len(x_BIDHW) == 1 and x_BIDHW[..., 0].numel() <= _NATIVE_LIMIT
     if (
         (kernel, stride, padding) == ((3, 3, 3), (1, 1, 1), (1, 1, 1))
         and x_BIDHW.shape[2] % winograd.GROUP == 0
-        and min(weight.shape[:2]) >= _WINOGRAD_CHANNELS
         and x_BIDHW[:, 0].numel() >= _WINOGRAD_VOXELS
+        and (native or min(weight.shape[:2]) * x_BIDHW[0, 0, 0].numel() > _WINOGRAD_SLICE)
     ):
-        # 128 channels of 16 x 32 x 32: 126 ms, by F.conv3d 209; 256 of 8 x 16 x 16: 69 ms, and 94. 512 of
-        # 4 x 8 x 8, below the limit: the kernels outweigh the map, and all is slower.
+        # 128 channels of 16 x 32 x 32: 126 ms, by F.conv3d 209; 256 of 8 x 16 x 16: 69 ms, and 94.
         return winograd.convolution(x_BIDHW, weight, bias)
-    if len(x_BIDHW) == 1 and x_BIDHW[..., 0].numel() <= _NATIVE_LIMIT:
+    if native:
         # Two slices of zeros lift a map above the limit. 512 channels of 4 x 8 x 8: 75 ms, by F.conv3d 138.
         x_BIDHW = F.pad(x_BIDHW.contiguous(), (0, 0, 0, 0, padding[0], padding[0]))
         padding = (0, *padding[1:])

@@ -2,8 +2,8 @@
 
 Four neighbouring slices of the result read six slices of the input, by 12 products of a slice with a kernel
 slice. Six linear combinations of the input slices, convolved in-plane with six of the kernel slices, give the
-same four by 6 products (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016). Rounding
-errors are about four times those of the direct sum.
+same four by 6 products (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016). It rounds
+more: of float32 results about 1, the largest errors were 1e-5 to 7e-5, and 1e-6 to 2e-5 of the direct sum.
 
 Shape suffixes: B crops, I input channels, O output channels, D depth, H height, W width, k 3; T groups of four
 slices, N those of all crops, G their four slices, R the six that they read, J the six products; F all numbers

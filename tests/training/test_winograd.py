@@ -55,7 +55,14 @@ def test_large_maps_take_it_and_lose_no_more_than_a_few_roundings(monkeypatch):
     expected = F.conv3d(x.double(), weight.double(), bias.double(), padding=1)
     assert taken
     assert float((found - expected).abs().max()) < 5e-5
-    for other in (x[:, :, :3], x[:, :, :, :8, :8], x[:, :16]):
+    wide, wide_weight = torch.randn(2, 48, 4, 16, 16), torch.randn(48, 48, 3, 3, 3) / 36
+    taken.clear()
+    found = onednn.convolution(wide, wide_weight, None, once, once)
+    assert taken
+    expected = F.conv3d(wide.double(), wide_weight.double(), padding=1)
+    assert float((found - expected).abs().max()) < 5e-5
+    two = torch.cat([x, x])
+    for other in (x[:, :, :3], x[:, :, :, :8, :8], two, two[:, :16]):
         taken.clear()
         found = onednn.convolution(other, weight[:, : other.shape[1]], bias, once, once)
         assert not taken
